@@ -1,0 +1,151 @@
+"""The host's side of the zygote: starts it in bubblewrap and asks it for boxes.
+
+Invariant: bubblewrap never runs as root, since a root-started jail can be undone by one remount; and a box that
+nobody waits for any more is killed on arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from palaestra.errors import ConfigError, SandboxError
+from palaestra.sandboxes._rootfs import PYTHON, Rootfs
+
+JAIL_UID = 60_411
+"""Host user of every jail when Palaestra runs as root; no account has it."""
+
+_START_S = 30.0
+_FORK_S = 20.0
+_OR_DOCKER = ', or use sandbox = "docker"'
+_REMEDY = (
+    "unprivileged user namespaces must be on (sysctl user.max_user_namespaces above 0, "
+    "kernel.apparmor_restrict_unprivileged_userns=0, in Docker --security-opt seccomp=unconfined)" + _OR_DOCKER
+)
+_OPTIONS = (
+    "--unshare-all --unshare-user --cap-drop ALL --die-with-parent --new-session --as-pid-1 --clearenv "
+    "--uid 1000 --gid 1000 --hostname sandbox --ro-bind ROOT / --proc /proc --dev /dev --remount-ro /dev "
+    "--chdir / --setenv PYTHONPATH /palaestra --setenv PYTHONHASHSEED 0 --setenv LANG C.UTF-8"
+)
+
+
+class ZygoteProcess:
+    """The bubblewrap process and its control socket; answers are matched to requests by number."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self.is_dead = False
+        self._process = process
+        self._control = control
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[int]] = {}
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        control.setblocking(False)
+        asyncio.get_running_loop().add_reader(control, self._on_message)
+
+    @classmethod
+    async def start(cls, rootfs: Rootfs) -> ZygoteProcess:
+        """Start a zygote; raises `ConfigError` with the remedy when this machine cannot."""
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        user = JAIL_UID if os.geteuid() == 0 else None
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *_command(bwrap, rootfs.path, theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=(theirs.fileno(),),
+                cwd="/",
+                env={},
+                start_new_session=True,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+        zygote = cls(process, ours)
+        try:
+            async with asyncio.timeout(_START_S):
+                await zygote._ready
+        except (SandboxError, TimeoutError) as error:
+            said = await zygote.aclose()
+            raise ConfigError(f"bubblewrap cannot make a jail here: {said or error}; {_REMEDY}") from error
+        except BaseException:
+            await zygote.aclose()
+            raise
+        return zygote
+
+    async def fork_box(self, box_socket: socket.socket, config: dict[str, Any]) -> int:
+        """The pidfd of a new box's pid 1, which talks over `box_socket`; raises `SandboxError`."""
+        number = next(self._numbers)
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future
+        request = json.dumps({"id": number, "config": config}).encode()
+        try:
+            socket.send_fds(self._control, [request], [box_socket.fileno()])
+            async with asyncio.timeout(_FORK_S):
+                return await future
+        except (OSError, TimeoutError) as error:
+            raise SandboxError(f"the jail zygote did not make a box: {error or 'timeout'}") from error
+        finally:
+            self._pending.pop(number, None)
+
+    async def aclose(self) -> str:
+        """End the zygote and with it every box; what bubblewrap printed on its error stream."""
+        if self._control.fileno() != -1:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        _, stderr = await self._process.communicate()
+        self._fail("the jail back end was closed")
+        return stderr.decode(errors="replace").strip()
+
+    def _on_message(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._fail("the jail zygote ended")
+            return
+        message = json.loads(data)
+        if "ready" in message:
+            self._ready.set_result(None)
+            return
+        future = self._pending.get(message["id"])
+        if future is None or future.done():
+            for fd in fds:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                os.close(fd)
+        elif "error" in message:
+            future.set_exception(SandboxError(f"the kernel refused a sandbox: {message['error']}; {_REMEDY}"))
+        else:
+            future.set_result(fds[0])
+
+    def _fail(self, reason: str) -> None:
+        self.is_dead = True
+        if not self._ready.done():
+            self._ready.set_exception(SandboxError(reason))
+        self._ready.exception()  # mark as seen: after the start nobody awaits it
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(SandboxError(reason))
+
+
+def _command(bwrap: str, root: Path, control_fd: int) -> list[str]:
+    options = [str(root) if word == "ROOT" else word for word in _OPTIONS.split()]
+    return [bwrap, *options, PYTHON, "-s", "-P", "-S", "-m", "palaestra.sandboxes._zygote", str(control_fd)]

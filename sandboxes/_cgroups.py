@@ -1,0 +1,166 @@
+"""Memory limits of jails by cgroup, where this process may make cgroups; v1 or v2, whichever has the controller.
+
+A cgroup is a slot that serves one box after another (a box's processes and pages are gone before the next
+one enters), since dead cgroups cost kernel memory for as long as a cached page is charged to them.
+Invariant: the folder goes when the owner closes it or dies, by a shell that waits for the owner's pipe to close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+
+_MOUNT = Path("/sys/fs/cgroup")
+_V1 = "memory.limit_in_bytes", "memory.oom_control"
+_V2 = "memory.max", "memory.events"
+_GUARD = """
+read _
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    rmdir "$1"/* 2>/dev/null
+    rmdir "$1" 2>/dev/null
+    [ -d "$1" ] || exit 0
+    sleep 0.1
+done
+"""
+
+
+class Slot:
+    """One cgroup, held by at most one box at a time."""
+
+    def __init__(self, folder: Path, events_file: str) -> None:
+        self.folder = folder
+        self.memory_mb = 0
+        self._events = folder / events_file
+        self._seen = self._total()
+
+    def enter(self, pid: int) -> None:
+        """Move a process, and what it forks from now on, into the cgroup."""
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def count_oom_kills(self) -> int:
+        """Processes killed for memory since the last call."""
+        total = self._total()
+        fresh, self._seen = total - self._seen, total
+        return fresh
+
+    def _total(self) -> int:
+        try:
+            counts = dict(line.split() for line in self._events.read_text().splitlines())
+        except OSError:
+            return 0
+        return int(counts.get("oom_kill", 0))
+
+
+class MemoryCgroups:
+    """The slots of one owner. Make it with `open`."""
+
+    def __init__(self, root: Path, limit_file: str, events_file: str, guard: asyncio.subprocess.Process) -> None:
+        self._root = root
+        self._limit_file = limit_file
+        self._events_file = events_file
+        self._guard = guard
+        self._free: list[Slot] = []
+        self._num_made = 0
+
+    @classmethod
+    async def open(cls) -> MemoryCgroups | None:
+        """A folder for slots, or None where this process cannot limit memory by cgroup."""
+        found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+        if found is None:
+            return None
+        root, limit_file, events_file = found
+        guard = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            _GUARD,
+            "palaestra-cgroup-guard",
+            str(root),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return cls(root, limit_file, events_file, guard)
+
+    def take(self, memory_mb: int) -> Slot:
+        """An empty slot with this limit; raises `OSError` when the kernel refuses."""
+        if self._free:
+            slot = self._free.pop()
+        else:
+            folder = self._root / f"box{self._num_made}"
+            self._num_made += 1
+            folder.mkdir()
+            slot = Slot(folder, self._events_file)
+        if slot.memory_mb != memory_mb:
+            (slot.folder / self._limit_file).write_text(str(memory_mb << 20))
+            slot.memory_mb = memory_mb
+        slot.count_oom_kills()
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Return a slot whose processes are gone."""
+        self._free.append(slot)
+
+    async def aclose(self) -> None:
+        """Remove the folder; every box must have ended."""
+        for folder in (*self._root.glob("box*"), self._root):
+            with contextlib.suppress(OSError):  # the guard tries again for a while
+                folder.rmdir()
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        await self._guard.wait()
+
+
+def _make_root(name: str) -> tuple[Path, str, str] | None:
+    for parent, (limit_file, events_file) in _candidates():
+        _sweep(parent)
+        root = parent / name
+        try:
+            root.mkdir()
+        except OSError:
+            continue
+        if _allows_children(root, limit_file):
+            return root, limit_file, events_file
+        root.rmdir()
+    return None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what owners left whose guard was killed with them; a cgroup that has a process refuses to go."""
+    for root in parent.glob("palaestra-*-*"):
+        if not Path("/proc", root.name.split("-")[1]).exists():
+            for folder in (*root.glob("box*"), root):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _candidates() -> list[tuple[Path, tuple[str, str]]]:
+    """Folders that may take a child with a memory limit, best first: below our own cgroup, then the top."""
+    found: list[tuple[Path, tuple[str, str]]] = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, files = _MOUNT / "memory", _V1
+        elif not controllers:
+            top, files = _MOUNT, _V2
+        else:
+            continue
+        found += [(top / path.lstrip("/"), files), (top, files)]
+    return [(folder, files) for folder, files in found if folder.is_dir()]
+
+
+def _allows_children(root: Path, limit_file: str) -> bool:
+    control = root / "cgroup.subtree_control"
+    try:
+        if control.exists():
+            control.write_text("+memory")
+        probe = root / "probe"
+        probe.mkdir()
+    except OSError:
+        return False
+    try:
+        return (probe / limit_file).exists()
+    finally:
+        probe.rmdir()

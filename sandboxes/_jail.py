@@ -1,0 +1,181 @@
+"""The jail back end: one bubblewrap jail with a warm zygote in it, and a namespace-isolated fork for each box.
+
+Covers: host files (the root is an immutable tree of our own), host processes, network, other boxes, memory
+(cgroup, else per process), processes, disk, and the kernel calls of `_seccomp`.
+Does not cover: bugs in the kernel; CPU time shared between boxes (only `cpu_s` per process); file locks on the
+shared read-only tree as a covert channel; the path of that tree, which `/proc/self/mountinfo` shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+from pathlib import Path
+
+from palaestra.errors import SandboxError
+from palaestra.sandboxes._box import Box, server_config
+from palaestra.sandboxes._bwrap import ZygoteProcess
+from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
+from palaestra.sandboxes._protocol import SandboxSpec
+from palaestra.sandboxes._rootfs import ensure_rootfs
+
+_READY_S = 20.0
+_CLOSE_S = 10.0
+
+
+class JailBackend:
+    """Makes jails. Belongs to the event loop it is used on; see `SandboxBackend`."""
+
+    name = "jail"
+
+    def __init__(self) -> None:
+        self._zygote: ZygoteProcess | None = None
+        self._cgroups: MemoryCgroups | None = None
+        self._lock = asyncio.Lock()
+        self._boxes: set[Box] = set()
+        self._numbers = itertools.count()
+        self._closed = False
+
+    async def create(self, spec: SandboxSpec) -> Box:
+        """See `SandboxBackend.create`; raises `ConfigError` when this machine cannot make jails."""
+        zygote = await self._running_zygote()
+        config = server_config(spec.limits, memory_per_process=self._cgroups is None, nproc=True)
+        box_id = f"jail-{os.getpid()}-{next(self._numbers)}"
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pidfd = await zygote.fork_box(theirs, config)
+            except BaseException:
+                ours.close()  # a box that was forked all the same ends with its socket
+                raise
+        # from here on the box closes what it holds, whatever happens
+        io = _StreamIO(*await asyncio.open_connection(sock=ours))
+        host = _JailHost(pidfd, io, self._cgroups)
+        box = Box(box_id, io, host, spec.limits)
+        self._boxes.add(box)
+        box.on_closed = self._boxes.discard
+        try:
+            host.enter_cgroup(spec.limits.memory_mb)
+            await box.wait_ready(_READY_S)
+            if self._closed:
+                raise SandboxError("the jail back end is closed")
+        except OSError as error:
+            await box.aclose()
+            raise SandboxError(f"cannot limit the memory of sandbox {box_id}: {error}") from error
+        except BaseException:
+            await box.aclose()
+            raise
+        return box
+
+    async def aclose(self) -> None:
+        """See `SandboxBackend.aclose`."""
+        self._closed = True
+        async with asyncio.TaskGroup() as group:
+            for box in list(self._boxes):
+                group.create_task(box.aclose())
+        async with self._lock:
+            if self._zygote is not None:
+                await self._zygote.aclose()
+                self._zygote = None
+            if self._cgroups is not None:
+                await self._cgroups.aclose()
+                self._cgroups = None
+
+    async def __aenter__(self) -> JailBackend:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _running_zygote(self) -> ZygoteProcess:
+        async with self._lock:
+            if self._closed:
+                raise SandboxError("the jail back end is closed")
+            if self._zygote is not None and self._zygote.is_dead:
+                await self._zygote.aclose()
+                self._zygote = None
+            if self._zygote is None:
+                rootfs = await asyncio.to_thread(ensure_rootfs)
+                self._zygote = await ZygoteProcess.start(rootfs)
+                if self._cgroups is None:
+                    self._cgroups = await MemoryCgroups.open()
+            return self._zygote
+
+
+class _StreamIO:
+    """`BoxIO` over a socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def read_exactly(self, count: int) -> bytes:
+        try:
+            return await self._reader.readexactly(count)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise EOFError("the sandbox ended") from error
+
+    def write(self, data: bytes) -> None:
+        if self._writer.is_closing():
+            raise EOFError("the sandbox ended")
+        self._writer.write(data)
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+
+class _JailHost:
+    """The host's hold on one box: the pidfd of its pid 1, its socket and its memory cgroup."""
+
+    def __init__(self, pidfd: int, io: _StreamIO, cgroups: MemoryCgroups | None) -> None:
+        self._pidfd = pidfd
+        self._io = io
+        self._cgroups = cgroups
+        self._slot: Slot | None = None
+
+    def enter_cgroup(self, memory_mb: int) -> None:
+        """Put the box under the memory limit; raises `OSError`. Without cgroups the server limits each process."""
+        if self._cgroups is not None:
+            self._slot = self._cgroups.take(memory_mb)
+            self._slot.enter(_pid_of(self._pidfd))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def release(self) -> None:
+        self._io.close()
+        try:
+            # pid 1 is reported dead only after every process of its namespace is
+            async with asyncio.timeout(_CLOSE_S):
+                await _readable(self._pidfd)
+        except TimeoutError as error:
+            raise SandboxError(f"a sandbox did not end within {_CLOSE_S:g} s of SIGKILL") from error
+        finally:
+            os.close(self._pidfd)
+        if self._slot is not None and self._cgroups is not None:
+            self._cgroups.give_back(self._slot)
+
+    def count_oom_kills(self) -> int:
+        return self._slot.count_oom_kills() if self._slot is not None else 0
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _pid_of(pidfd: int) -> int:
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            return int(line.split()[1])
+    raise OSError("the kernel does not tell a pidfd's pid")

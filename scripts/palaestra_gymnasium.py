@@ -1,0 +1,49 @@
+"""Registers Palaestra's environments when Gymnasium is imported; loaded at start by `palaestra_gymnasium.pth`.
+
+Costs a start of Python one small import. Nothing of Palaestra or Gymnasium is imported before the user imports
+Gymnasium, and then only Gymnasium's registry is touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+ENVIRONMENTS = {
+    "palaestra/CodeRepair-v0": "palaestra.envs.code:CodeRepair",
+    "palaestra/MiniWoB-v0": "palaestra.envs.browser:MiniWoB",
+    "palaestra/ToolDesk-v0": "palaestra.envs.desk:ToolDesk",
+}
+
+
+class _AfterImport(Loader):
+    """Runs the real loader, then registers."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        for env_id, entry_point in ENVIRONMENTS.items():
+            if env_id not in module.registry:
+                module.register(env_id, entry_point=entry_point, order_enforce=False, disable_env_checker=True)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "gymnasium":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AfterImport(spec.loader)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())

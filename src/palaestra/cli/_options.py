@@ -1,0 +1,77 @@
+"""Flags shared by commands: assignments, environments with weights."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from palaestra.errors import ConfigError, leaves
+
+INTERRUPTED = 130
+"""Exit code of a command that its user stopped."""
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["rl.steps=10"]` as `{"rl.steps": 10}`; values are JSON, else plain text."""
+    parsed: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set takes key=value, not {assignment!r}")
+        try:
+            parsed[key] = json.loads(text)
+        except json.JSONDecodeError:
+            parsed[key] = text
+    return parsed
+
+
+def parse_weights(names: Sequence[str]) -> dict[str, float]:
+    """`["a/B-v0=2", "a/C-v0"]` as `{"a/B-v0": 2.0, "a/C-v0": 1.0}`."""
+    weights: dict[str, float] = {}
+    for name in names:
+        env_id, _, weight = name.partition("=")
+        try:
+            weights[env_id] = float(weight or 1.0)
+        except ValueError as error:
+            raise ConfigError(f"--env takes an id, or id=weight with a number, not {name!r}") from error
+    return weights
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import a user's modules, for what they register; they are looked for in the working directory last."""
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+        # the learner's process imports the module of a loss by itself
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()])
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a module of theirs may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"cannot import {name!r}: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def interruptible(afterwards: str) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says what `afterwards` comes of it, and exit code 130."""
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        _leave(afterwards)
+    except BaseExceptionGroup as group:
+        if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(group)):
+            _leave(afterwards)
+        raise
+
+
+def _leave(afterwards: str) -> None:
+    print(f"palaestra: interrupted; {afterwards}", file=sys.stderr, flush=True)
+    raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,150 @@
+"""The command line: what can be read is JSON, mistakes are one line that helps, exit codes say which."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PALAESTRA = Path(sys.executable).with_name("palaestra")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [PALAESTRA, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("palaestra: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_envs_lists_ours_as_json() -> None:
+    rows = json.loads(run("envs", "--json").stdout)
+    assert {row["family"] for row in rows} == {"code", "browser", "tools"}
+
+
+def test_one_environment_is_described_with_its_tools() -> None:
+    value = json.loads(run("envs", "palaestra/ToolDesk-v0", "--json").stdout)
+    assert "find_customer" in [tool["function"]["name"] for tool in value["tools"]]
+    assert set(value["num_tasks"]) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize("command", [[], ["envs"], ["eval"], ["train"], ["quickstart"]])
+def test_every_command_has_help(command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_eval_prints_success_with_intervals() -> None:
+    done = run("eval", "expert", "--env", "palaestra/ToolDesk-v0", "--tasks", "4", "--form", "compact", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["success"]["rate"] == 1.0
+    assert report["success"]["count"] == 4
+
+
+def test_eval_keeps_episodes(tmp_path: Path) -> None:
+    out = tmp_path / "episodes.jsonl"
+    done = run("eval", "random", "--env", "palaestra/ToolDesk-v0", "--tasks", "3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_unknown_environment_names_the_nearest() -> None:
+    done = run("eval", "random", "--env", "palaestra/ToolDusk-v0")
+    assert_one_line(done, "unknown environment", "did you mean 'palaestra/ToolDesk-v0'")
+
+
+def test_model_folder_that_does_not_load(tmp_path: Path) -> None:
+    done = run("eval", str(tmp_path / "nothing"), "--env", "palaestra/ToolDesk-v0")
+    assert_one_line(done, "nothing")
+
+
+def test_missing_configuration_file(tmp_path: Path) -> None:
+    assert_one_line(run("train", str(tmp_path / "none.toml")), "no such configuration file")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('model = "x"\n[suite.wieghts]\na = 1\n', ("unknown key 'suite.wieghts'", "did you mean 'weights'")),
+        ('model = "x"\n[suite]\nweights = {}\n[train]\nmax_lag = 0\n', ("train: max_lag 0 is synchronous",)),
+        ('model = "x"\n[suite\n', ("cannot read",)),
+        ("[suite]\nweights = {}\n", ("model: Field required",)),
+    ],
+)
+def test_mistakes_in_a_configuration(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    assert_one_line(run("train", str(path)), *words)
+
+
+def test_quickstart_refuses_an_unknown_key(tmp_path: Path) -> None:
+    done = run("quickstart", "--set", "rl.stepz=3", cwd=tmp_path)
+    assert_one_line(done, "unknown key 'rl.stepz'", "did you mean 'steps'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_chromium_is_one_line_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PALAESTRA_CHROMIUM", str(tmp_path / "no-chromium"))
+    done = run("eval", "random", "--env", "palaestra/MiniWoB-v0", "--tasks", "1")
+    assert_one_line(done, "no-chromium")
+
+
+MODULE_OF_A_USER = """
+from tests.toys import register_echo
+register_echo()
+"""
+
+
+def test_a_users_module_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    (tmp_path / "my_envs.py").write_text(MODULE_OF_A_USER)
+    arguments = ("eval", "expert", "--import", "my_envs", "--env", "test/Echo-v0", "--tasks", "2", "--json")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["success"]["count"] == 2
+    text = 'model = "nowhere"\nimports = ["my_envs"]\n[suite.weights]\n"test/Echo-v0" = 1.0\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert_one_line(run("train", "run.toml", cwd=tmp_path), "no append-only chat format is known for 'nowhere'")
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_module_that_does_not_import_is_one_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "run.toml").write_text("")
+    arguments = ["random", "--env", "palaestra/ToolDesk-v0"] if command == "eval" else ["run.toml"]
+    done = run(command, *arguments, "--import", "broken", cwd=tmp_path)
+    assert_one_line(done, "cannot import 'broken'", "ZeroDivisionError")
+
+
+def test_eval_without_an_answer_says_why_and_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    broken = MODULE_OF_A_USER + "from palaestra.envs import register\nfrom tests.toys import Echo\n"
+    broken += "class Broken(Echo):\n    env_id = 'test/Broken-v0'\n"
+    broken += "    async def verify(self):\n        from palaestra.errors import SandboxError\n"
+    broken += '        raise SandboxError("the judge is gone")\n'
+    broken += 'register("test/Broken-v0", "my_envs:Broken", family="toy", summary="fails")\n'
+    (tmp_path / "my_envs.py").write_text(broken)
+    arguments = ("eval", "expert", "--import", "my_envs", "--env", "test/Broken-v0", "--tasks", "2")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "2 episodes failed on our side" in done.stdout
+    assert "the judge is gone" in done.stdout
+    assert "nan" not in run(*arguments, "--json", cwd=tmp_path).stdout.lower()

@@ -1,0 +1,108 @@
+"""The host's end against a server that lies: whatever comes out of a box, it is never taken for a result."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from palaestra.errors import SandboxError
+from palaestra.sandboxes import Ended, Limits
+from palaestra.sandboxes._box import Box
+
+_HONEST = {
+    "id": 1, "stopped": "", "status": 0, "cpu_s": 0.0, "oom_kills": 0, "wall_s": 0.1, "stdout_total": 2,
+    "stderr_total": 1, "stdout_bytes": 2,
+}  # fmt: skip
+
+
+class Recording:
+    """A box whose answer was recorded beforehand."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.num_kills = 0
+        self.oom_kills = 0
+
+    async def read_exactly(self, count: int) -> bytes:
+        if len(self.answer) < count:
+            raise EOFError
+        data, self.answer = self.answer[:count], self.answer[count:]
+        return data
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def kill(self) -> None:
+        self.num_kills += 1
+
+    async def release(self) -> None:
+        pass
+
+    def count_oom_kills(self) -> int:
+        return self.oom_kills
+
+
+def _frame(header: object, body: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("!II", len(text), len(body)) + text + body
+
+
+def _box(recording: Recording) -> Box:
+    return Box("test", recording, recording, Limits())
+
+
+async def test_an_honest_answer_becomes_a_result() -> None:
+    result = await _box(Recording(_frame(_HONEST, b"abc"))).exec(["x"])
+    assert (result.ended, result.exit_code, result.stdout, result.stderr) == (Ended.EXIT, 0, b"ab", b"c")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"garbage that is no frame at all",
+        struct.pack("!II", 1 << 31, 0),
+        struct.pack("!II", 2, 1 << 31) + b"{}",
+        struct.pack("!II", 3, 0) + b"\xff\xff\xff",
+        _frame([]),
+        _frame({}),
+        _frame({**_HONEST, "id": 2}, b"abc"),
+        _frame({**_HONEST, "id": 0}, b"abc"),
+        _frame({"id": 1}),
+        _frame({**_HONEST, "status": None}, b"abc"),
+        _frame({**_HONEST, "stdout_bytes": 4}, b"abc"),
+        _frame({**_HONEST, "stdout_bytes": -1}, b"abc"),
+        _frame({**_HONEST, "stdout_total": 1}, b"abc"),
+        _frame(_HONEST, b"abc")[:-1],
+    ],
+)
+async def test_a_malformed_answer_is_the_agents_doing_and_ends_the_box(answer: bytes) -> None:
+    recording = Recording(answer)
+    box = _box(recording)
+    result = await box.exec(["x"])
+    assert (result.ended, result.exit_code, result.stdout) == (Ended.SANDBOX_KILLED, None, b"")
+    assert recording.num_kills == 1
+    with pytest.raises(SandboxError, match="unusable"):
+        await box.exec(["x"])
+
+
+async def test_a_server_lost_to_memory_is_an_oom() -> None:
+    recording = Recording(b"")
+    recording.oom_kills = 1
+    assert (await _box(recording).exec(["x"])).ended is Ended.OOM
+
+
+async def test_a_box_that_dies_without_agent_code_is_our_failure() -> None:
+    with pytest.raises(SandboxError, match="died"):
+        await _box(Recording(b"")).read_file("/x")
+    with pytest.raises(SandboxError, match="did not start"):
+        await _box(Recording(b"")).wait_ready(1.0)
+
+
+async def test_a_server_that_cannot_fork_is_our_failure() -> None:
+    recording = Recording(_frame({"id": 1, "errno": 11, "error": "try again"}))
+    with pytest.raises(SandboxError, match="try again"):
+        await _box(recording).exec(["x"])
+    assert recording.num_kills == 1

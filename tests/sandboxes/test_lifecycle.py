@@ -1,0 +1,166 @@
+"""Nothing of a box is left: after close, after cancellation, after the owner's violent death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palaestra.errors import SandboxError
+from palaestra.sandboxes import SandboxBackend, SandboxSpec, open_backend
+from tests.sandboxes.hostview import children_of, eventually, marker, processes_with, traces_of
+
+_HARNESS = """
+import asyncio, sys
+from palaestra.sandboxes import SandboxSpec, open_backend
+
+async def main():
+    backend = await open_backend(sys.argv[1])
+    idle = await backend.create(SandboxSpec())
+    busy = await backend.create(SandboxSpec())
+    print("ready", flush=True)
+    await busy.exec(["bash", "-c", f"trap '' TERM; setsid sleep {sys.argv[2]} & sleep {sys.argv[2]}"])
+
+asyncio.run(main())
+"""
+
+
+async def test_close_leaves_no_process_descriptor_cgroup_or_container(backend_name: str) -> None:
+    before = len(os.listdir("/proc/self/fd")), set(children_of(os.getpid()))
+    name = marker()
+    backend = await open_backend(backend_name)
+    box = await backend.create(SandboxSpec())
+    running = asyncio.ensure_future(box.exec(["sleep", name]))
+    assert await eventually(lambda: bool(processes_with(name)))
+    await box.aclose()
+    await asyncio.wait([running])
+    assert processes_with(name) == []
+    await box.aclose()  # idempotent
+    await backend.aclose()
+    await backend.aclose()
+    assert traces_of(os.getpid()) == []
+    assert (len(os.listdir("/proc/self/fd")), set(children_of(os.getpid()))) == before
+
+
+async def test_closing_the_backend_closes_its_boxes(backend_name: str) -> None:
+    backend = await open_backend(backend_name)
+    boxes = [await backend.create(SandboxSpec()) for _ in range(2)]
+    await backend.aclose()
+    for box in boxes:
+        with pytest.raises(SandboxError, match="closed"):
+            await box.exec(["true"])
+    with pytest.raises(SandboxError, match="closed"):
+        await backend.create(SandboxSpec())
+    assert traces_of(os.getpid()) == []
+
+
+async def test_nothing_passes_from_one_box_to_the_next(backend: SandboxBackend) -> None:
+    plant = "for p in ('/tmp/m', '/dev/shm/m', '/workspace/m'): open(p, 'w').write('m')\nprint('planted')"
+    look = "import os; print([os.listdir(p) for p in ('/tmp', '/dev/shm', '/workspace')])"
+    for code, expected in ((plant, b"planted\n"), (look, b"[[], [], []]\n")):
+        box = await backend.create(SandboxSpec())
+        assert (await box.run_python(code)).stdout == expected
+        await box.aclose()
+
+
+@pytest.mark.parametrize("moment", ["busy", "idle"])
+async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -> None:
+    name = marker()
+    command = [sys.executable, "-P", "-c", _HARNESS, backend_name, name]
+    with _start(command) as harness:
+        assert harness.stdout is not None
+        assert harness.stdout.readline() == b"ready\n"
+        if moment == "busy":
+            assert await eventually(lambda: len(processes_with(f"sleep\0{name}")) >= 2)
+        offspring = children_of(harness.pid)
+        assert traces_of(harness.pid) or offspring
+        harness.send_signal(signal.SIGKILL)
+    assert await eventually(lambda: not processes_with(name))
+    assert await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in offspring))
+    assert await eventually(lambda: not traces_of(harness.pid))
+
+
+async def test_cancelled_creation_leaks_nothing(backend: SandboxBackend, backend_name: str) -> None:
+    await (await backend.create(SandboxSpec())).aclose()  # warm up
+    descriptors = len(os.listdir("/proc/self/fd"))
+    step_s, count = (0.0008, 12) if backend_name == "jail" else (0.08, 5)
+    for number in range(count):
+        creating = asyncio.ensure_future(backend.create(SandboxSpec()))
+        await asyncio.wait([creating], timeout=number * step_s)
+        creating.cancel()
+        await asyncio.wait([creating])
+        if not creating.cancelled():
+            await creating.result().aclose()
+    if backend_name == "jail":  # Docker's client keeps connections
+        assert await eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
+    else:
+        assert traces_of(os.getpid()) == []
+    assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
+
+
+async def test_many_lifecycles_leave_counts_flat(backend: SandboxBackend, backend_name: str) -> None:
+    async def live(count: int) -> None:
+        for _ in range(count):
+            box = await backend.create(SandboxSpec())
+            await box.exec(["sh", "-c", "setsid sleep 99 & true"])
+            await box.aclose()
+
+    await live(1)
+    before = len(os.listdir("/proc/self/fd"))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(live(15 if backend_name == "jail" else 1))
+    if backend_name == "jail":  # Docker's client keeps connections
+        assert len(os.listdir("/proc/self/fd")) <= before
+    else:
+        assert traces_of(os.getpid()) == []
+
+
+async def test_what_a_killed_guard_left_is_swept_at_the_next_start(backend_name: str) -> None:
+    if backend_name != "jail" or not (backend := await _cgroup_jail()):
+        pytest.skip("only a jail with cgroups has a guard")
+    folder = Path(traces_of(os.getpid())[0])
+    orphan = folder.with_name("palaestra-4194305-dead")  # above the kernel's largest pid
+    (orphan / "box0").mkdir(parents=True)
+    await backend.aclose()
+    other = await open_backend("jail")
+    await other.create(SandboxSpec())
+    await other.aclose()
+    assert not orphan.exists()
+
+
+async def test_a_dead_zygote_is_an_infrastructure_error_and_is_replaced(backend: SandboxBackend) -> None:
+    if backend.name != "jail":
+        pytest.skip("only the jail has a zygote")
+    before = set(children_of(os.getpid()))
+    box = await backend.create(SandboxSpec())
+    (bwrap,) = [pid for pid in set(children_of(os.getpid())) - before if pid in processes_with("--as-pid-1")]
+    os.kill(bwrap, signal.SIGKILL)
+
+    async def read_until_it_dies() -> None:
+        while True:  # the kernel takes a moment to end the boxes below it
+            await box.read_file("/etc/passwd")
+
+    with pytest.raises(SandboxError, match=r"died|unusable"):
+        await asyncio.wait_for(read_until_it_dies(), 10)
+    await box.aclose()
+    assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
+
+
+async def _cgroup_jail() -> SandboxBackend | None:
+    backend = await open_backend("jail")
+    await backend.create(SandboxSpec())
+    if traces_of(os.getpid()):
+        return backend
+    await backend.aclose()
+    return None
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})

@@ -1,0 +1,236 @@
+"""The loop with toy parts: bounded lag, no group lost or trained twice, typed failures, resume."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from palaestra.agents import EnginePolicy, Sampling
+from palaestra.agents.renderers import open_renderer
+from palaestra.envs import EnvSuite
+from palaestra.errors import PalaestraError, WorkerError, leaves
+from palaestra.resources import Resources
+from palaestra.trainer.buffer import ReplayBuffer
+from palaestra.trainer.checkpoints import Checkpoints
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.fit import Fit, Parts, make_rows, objection_to
+from palaestra.trainer.ledger import Ledger
+from palaestra.trainer.metrics import StepRecord
+from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.sampler import TaskSampler
+from palaestra.trainer.sync import WeightSync
+from palaestra.trainer.tiny import make_tokenizer
+from palaestra.types import Episode, Group, Outcome
+from tests.toys import WORDS, Echo, ToyEngine, ToyLearner, call, register_echo
+from tests.trainer.test_ledger import make_group
+
+register_echo()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ["say said stop ok wrong", *WORDS] * 3
+    return make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=512)
+
+
+class Run:
+    """The parts of a fit over toys, opened as the trainer opens them."""
+
+    def __init__(self, folder: Path, tokenizer: Path, config: GRPOConfig, *, fault: str = "") -> None:
+        self.folder = folder
+        self.config = config
+        self.suite = EnvSuite({"test/Echo-v0": 1.0}, options={"test/Echo-v0": {"fault": fault}})
+        self.renderer = open_renderer(tokenizer)
+        self.engine = ToyEngine(self.choose)
+        self.learner = ToyLearner()
+        self.records: list[StepRecord] = []
+
+    def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
+        tools = self.suite.make("test/Echo-v0").tools
+        has_spoken = list(prompt).count(prompt[-1]) > 1  # the assistant's header a second time
+        word = WORDS[seed % 2]
+        return self.renderer.encode_reply(call("stop") if has_spoken else call("say", word=word), tools)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Fit]:
+        config = self.config
+        async with AsyncExitStack() as stack:
+            resources = await stack.enter_async_context(Resources())
+            self.ledger = await resources.get("ledger", partial(Ledger.open, self.folder, meta={}))
+            checkpoints = Checkpoints(self.folder / "checkpoints")
+            newest = checkpoints.newest()
+            if newest is not None:
+                await self.learner.load(newest)
+            await self.ledger.rewind(self.learner.version)
+            self.buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
+            sampler = TaskSampler(self.suite, seed=config.seed, next_number=await self.ledger.next_number())
+            policy = EnginePolicy(self.engine, self.renderer, Sampling(max_tokens=16))
+            plan = RolloutPlan(
+                group_size=config.group_size,
+                max_groups_in_hand=(config.max_lag + 1) * config.groups_per_step,
+                concurrency=config.concurrency,
+                seed=config.seed,
+                max_failure_rate=config.max_failure_rate,
+            )
+            rollouts = RolloutWorkers(
+                self.suite, policy, sampler, self.ledger, resources, plan, on_group=self.buffer.put
+            )
+            sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
+            await sync.publish(self.learner.version)
+            parts = Parts(
+                config=config,
+                learner=self.learner,
+                engine=self.engine,
+                sync=sync,
+                ledger=self.ledger,
+                buffer=self.buffer,
+                rollouts=rollouts,
+                checkpoints=checkpoints,
+            )
+            yield Fit(parts, on_step=self.records.append)
+
+    async def train(self) -> None:
+        async with asyncio.timeout(30), self.open() as fit:
+            await fit.train()
+            balance = await self.ledger.balance()
+            assert balance.trained == self.learner.version * self.config.groups_per_step
+
+
+def config(**changes: object) -> GRPOConfig:
+    values = {"steps": 6, "group_size": 4, "groups_per_step": 2, "max_lag": 1, "concurrency": 8, "save_every": 2}
+    return GRPOConfig.parse(values | changes)
+
+
+@pytest.mark.parametrize("lag", [{"mode": "sync", "max_lag": 0}, {"max_lag": 1}, {"max_lag": 2}])
+async def test_no_trained_token_is_older_than_max_lag(tmp_path: Path, tokenizer: Path, lag: dict[str, object]) -> None:
+    run = Run(tmp_path, tokenizer, config(**lag))
+    await run.train()
+    assert [record.step for record in run.records] == [1, 2, 3, 4, 5, 6]
+    for step, batch in enumerate(run.learner.batches):
+        oldest = min(row.trajectory.oldest_version for row in batch)
+        assert step - oldest <= run.config.max_lag
+    assert max(record.lag_max for record in run.records) <= run.config.max_lag
+
+
+async def test_async_runs_ahead_and_sync_does_not(tmp_path: Path, tokenizer: Path) -> None:
+    ahead = Run(tmp_path / "async", tokenizer, config(max_lag=2))
+    ahead.learner.delay_s = 0.02
+    await ahead.train()
+    behind = Run(tmp_path / "sync", tokenizer, config(mode="sync", max_lag=0))
+    behind.learner.delay_s = 0.02
+    await behind.train()
+    assert max(record.lag_max for record in ahead.records) >= 1
+    assert {record.lag_max for record in behind.records} == {0}
+
+
+async def test_weights_reach_the_engine_in_order_once_each(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config())
+    await run.train()
+    assert run.engine.loaded == [0, 1, 2, 3, 4, 5, 6]
+
+
+async def test_engine_with_other_weights_stops_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config())
+    run.engine.wrong_by = 0.5
+    with pytest.raises(WorkerError, match=r"version 0 engine and learner disagree by 0\.5"):
+        await run.train()
+    assert run.learner.batches == []
+
+
+async def test_weights_that_go_wrong_later_stop_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config())
+    async with run.open() as fit:
+        run.engine.wrong_by = 0.5
+        with pytest.raises(ExceptionGroup) as caught:
+            await fit.train()
+    assert any("disagree by 0.5" in str(error) for error in leaves(caught.value))
+    assert len(run.learner.batches) == 1
+
+
+async def test_failures_of_ours_stop_the_run_instead_of_becoming_zeros(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(), fault="verify")
+    with pytest.raises(ExceptionGroup) as caught:
+        await run.train()
+    messages = [str(error) for error in leaves(caught.value) if isinstance(error, PalaestraError)]
+    assert "failed on our side" in messages[0]
+    assert "the judge is gone" in messages[0]
+    assert run.learner.batches == []
+
+
+async def test_a_wait_without_end_is_a_named_stall(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(step_timeout_s=0.2))
+    run.engine.delay_s = 60.0
+    num_open = Echo.num_open
+    with pytest.raises(ExceptionGroup) as caught:
+        await run.train()
+    assert any("the learner waits for rollouts" in str(error) for error in leaves(caught.value))
+    assert Echo.num_open == num_open, "cancelled episodes are ended too"
+
+
+async def test_stopped_run_goes_on_and_trains_every_group_once(tmp_path: Path, tokenizer: Path) -> None:
+    first = Run(tmp_path, tokenizer, config())
+    num_open = Echo.num_open
+    async with first.open() as fit:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            training = tasks.create_task(fit.train())
+            while not first.records:
+                await asyncio.sleep(0)
+            fit.stop()
+        assert training.done()
+        reached = first.learner.version
+        before = await first.ledger.balance()
+    assert 1 <= reached < 6
+    assert Echo.num_open == num_open, "episodes under way are ended"
+    second = Run(tmp_path, tokenizer, config())
+    await second.train()
+    assert second.learner.version == 6
+    assert [record.step for record in second.records] == list(range(reached + 1, 7))
+    async with second.open():
+        numbers = [number for number, _ in await second.ledger.finished()]
+        balance = await second.ledger.balance()
+    assert before.trained == 2 * reached
+    assert balance.trained == 12
+    assert balance.issued == 12 + sum(balance.dropped.values()) + balance.in_hand
+    assert len(numbers) <= balance.in_hand
+
+
+async def test_episodes_hold_exactly_what_the_engine_sampled(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(steps=1))
+    await run.train()
+    for row in run.learner.batches[0]:
+        trajectory = row.trajectory
+        assert np.all(trajectory.logprobs[trajectory.loss_mask] == -0.5)
+        assert np.all(trajectory.versions[~trajectory.loss_mask] == -1)
+        reply = trajectory.ids[trajectory.turns == 1][trajectory.loss_mask[trajectory.turns == 1]]
+        assert reply.tolist() == run.renderer.encode_reply(call("stop"), run.suite.make("test/Echo-v0").tools)
+
+
+def sibling(position: int, outcome: Outcome, reward: float | None) -> Episode:
+    episode = make_group(0).episodes[0]
+    return replace(episode, id=f"0.{position}", outcome=outcome, reward=reward)
+
+
+def test_only_valid_siblings_vote() -> None:
+    rewards = (1.0, 0.0, 0.5, None, None)
+    outcomes = (Outcome.SCORED, Outcome.TRUNCATED, Outcome.SCORED, Outcome.INFRA_ERROR, Outcome.TIMEOUT)
+    siblings = tuple(sibling(k, *pair) for k, pair in enumerate(zip(outcomes, rewards, strict=True)))
+    group = Group(id="0", task=make_group(0).task, episodes=siblings)
+    assert [row.advantage for row in make_rows([group], config())] == [0.5, -0.5, 0.0]
+    untruncated = make_rows([group], config(train_on_truncated=False))
+    assert [row.advantage for row in untruncated] == [0.25, -0.25]
+
+
+def test_group_without_a_baseline_is_refused() -> None:
+    lonely = (sibling(0, Outcome.SCORED, 1.0), sibling(1, Outcome.INFRA_ERROR, None))
+    group = Group(id="0", task=make_group(0).task, episodes=lonely)
+    assert objection_to(group, config()) == "invalid"
+    equal = Group(id="0", task=group.task, episodes=tuple(sibling(k, Outcome.SCORED, 1.0) for k in range(3)))
+    assert objection_to(equal, config()) is None
+    assert objection_to(equal, config(drop_zero_variance=True)) == "zero_variance"

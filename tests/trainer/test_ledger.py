@@ -1,0 +1,176 @@
+"""The ledger: every group accounted for, at every moment and after every restart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from palaestra.errors import LedgerError
+from palaestra.trainer.ledger import Ledger
+from palaestra.types import Episode, Group, Outcome, Task, Trajectory
+
+
+def make_task(number: int) -> Task:
+    return Task(id=f"t/{number}", env_id="t", split="train", seed=number, data={"n": number})
+
+
+def make_group(number: int, *, version: int = 0) -> Group:
+    trajectory = Trajectory(
+        ids=np.arange(4, dtype=np.int32),
+        loss_mask=np.array([False, False, True, True]),
+        logprobs=np.array([0, 0, -0.25, -1.5], np.float32),
+        versions=np.array([-1, -1, version, version], np.int32),
+        turns=np.array([-1, -1, 0, 0], np.int16),
+    )
+    task = make_task(number)
+    episode = Episode(
+        id=f"{number}.0",
+        task=task,
+        outcome=Outcome.SCORED,
+        messages=(),
+        turns=(),
+        reward=1.0,
+        terms=(),
+        facts={"success": 1.0},
+        trajectory=trajectory,
+        failure=None,
+        wall_s=0.1,
+    )
+    return Group(id=str(number), task=task, episodes=(episode,))
+
+
+async def open_ledger(folder: Path) -> Ledger:
+    return await Ledger.open(folder, meta={"seed": 1})
+
+
+async def test_groups_move_from_issued_to_trained_or_dropped(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    for number in range(4):
+        await ledger.issue(number, make_task(number))
+    for number in range(3):
+        await ledger.finish(number, make_group(number))
+    await ledger.train([0, 1], 1, {"reward": 0.5})
+    await ledger.drop(2, "stale")
+    balance = await ledger.balance()
+    await ledger.aclose()
+    assert (balance.issued, balance.trained, dict(balance.dropped), balance.in_hand) == (4, 2, {"stale": 1}, 1)
+
+
+async def test_nothing_is_trained_twice_or_unplayed(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    await ledger.issue(0, make_task(0))
+    with pytest.raises(LedgerError, match="not finished"):
+        await ledger.train([0], 1, {})
+    await ledger.finish(0, make_group(0))
+    await ledger.train([0], 1, {})
+    with pytest.raises(LedgerError, match="not finished"):
+        await ledger.train([0], 2, {})
+    with pytest.raises(LedgerError, match="not in hand"):
+        await ledger.drop(0, "stale")
+    assert len(await ledger.steps()) == 1, "a refused step leaves no record"
+    await ledger.aclose()
+
+
+async def test_finished_groups_come_back_byte_equal(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    await ledger.issue(0, make_task(0))
+    await ledger.finish(0, make_group(0))
+    await ledger.aclose()
+    ledger = await open_ledger(tmp_path)
+    ((number, group),) = await ledger.finished()
+    await ledger.aclose()
+    expected = make_group(0).episodes[0].trajectory
+    actual = group.episodes[0].trajectory
+    assert number == 0
+    assert group.task == make_task(0)
+    assert actual is not None
+    assert expected is not None
+    for name in ("ids", "loss_mask", "logprobs", "versions", "turns"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+
+
+async def test_rewind_takes_lost_steps_back_into_hand(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    for number, version in enumerate([0, 1, 2, 3]):
+        await ledger.issue(number, make_task(number))
+        await ledger.finish(number, make_group(number, version=version))
+    await ledger.train([0], 1, {})
+    await ledger.train([1], 2, {})
+    await ledger.rewind(1)
+    assert [number for number, _ in await ledger.unplayed()] == [1, 2, 3]
+    assert len(await ledger.steps()) == 1
+    assert (await ledger.balance()).in_hand == 3
+    await ledger.aclose()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["issue", "finish", "train", "drop", "rewind", "reopen"]), max_size=30))
+async def test_issued_is_always_trained_plus_dropped_plus_in_hand(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    ledger = await open_ledger(folder)
+    step = 0
+    try:
+        for action in actions:
+            number = await ledger.next_number()
+            unplayed = [n for n, _ in await ledger.unplayed()]
+            finished = [n for n, _ in await ledger.finished()]
+            if action == "issue":
+                await ledger.issue(number, make_task(number))
+            elif action == "finish" and unplayed:
+                await ledger.finish(unplayed[0], make_group(unplayed[0], version=step))
+            elif action == "train" and finished:
+                step += 1
+                await ledger.train(finished[:2], step, {})
+            elif action == "drop" and finished:
+                await ledger.drop(finished[-1], "stale")
+            elif action == "rewind":
+                step = max(0, step - 1)
+                await ledger.rewind(step)
+            elif action == "reopen":
+                await ledger.aclose()
+                ledger = await open_ledger(folder)
+            balance = await ledger.balance()
+            assert balance.issued == await ledger.next_number()
+    finally:
+        await ledger.aclose()
+
+
+async def test_second_owner_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, sys, pathlib\n"
+        "from palaestra.trainer.ledger import Ledger\n"
+        "async def main():\n"
+        "    ledger = await Ledger.open(pathlib.Path(sys.argv[1]), meta={'seed': 1})\n"
+        "    print('open', flush=True); sys.stdin.read()\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-P", "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(LedgerError, match=f"process {other.pid}"):
+            await open_ledger(tmp_path)
+        other.kill()
+    ledger = await open_ledger(tmp_path)  # the lock dies with its owner
+    await ledger.aclose()
+
+
+async def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    await (await open_ledger(tmp_path)).aclose()
+    with pytest.raises(LedgerError, match="seed = 1, not 2"):
+        await Ledger.open(tmp_path, meta={"seed": 2})
+
+
+async def test_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_bytes(b"not a database, and long enough to be looked at" * 100)
+    with pytest.raises(LedgerError, match="damaged"):
+        await open_ledger(tmp_path)

@@ -1,0 +1,249 @@
+"""`Trainer`: opens the parts of a run, fits a suite, and leaves a run folder that explains itself.
+
+Invariant: whatever happens, every process and temporary folder is gone when `fit` returns or raises, and the
+run folder can be fitted again to go on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from palaestra.agents import Engine, EnginePolicy, ModelPolicy
+from palaestra.agents.engines import open_engine
+from palaestra.agents.renderers import family_of, mark_family, open_renderer
+from palaestra.envs import EnvSuite
+from palaestra.errors import ConfigError, refuse_inside_a_loop, ungrouped
+from palaestra.records import write_whole
+from palaestra.resources import Resources
+from palaestra.trainer._model_identity import identity_of
+from palaestra.trainer.buffer import ReplayBuffer
+from palaestra.trainer.checkpoints import Checkpoints
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.fit import Fit, OnStep, Parts, objection_to
+from palaestra.trainer.learner import Learner, LocalLearner
+from palaestra.trainer.ledger import Ledger
+from palaestra.trainer.metrics import one_line
+from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.sampler import TaskSampler
+from palaestra.trainer.sync import WeightSync
+
+BEFORE_FIRST_WEIGHTS = -1
+
+OnReady = Callable[[int], Awaitable[None]]
+"""Hears the version of the weights that the engine holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """How a fit ended: the last version, whether it reached `steps`, and the exported model folder.
+
+    `steps` are the records of all updates, `episodes` those of all episodes played, both as JSON objects.
+    """
+
+    version: int
+    is_complete: bool
+    model: Path
+    steps: list[dict[str, Any]]
+    episodes: list[dict[str, Any]]
+
+
+class Trainer:
+    """Trains one model by GRPO on environment suites.
+
+    `model` is a Hugging Face model folder (or id, where the hub can be reached). `run` is the run folder, a
+    new one under `runs/` by default; an existing one is resumed, if model, suite and seed are the same.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        config: GRPOConfig | None = None,
+        *,
+        run: Path | str | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.model = str(model)
+        self.config = config or GRPOConfig()
+        self.run = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        self._on_step = on_step or (lambda record: print(one_line(record), flush=True))
+
+    def fit(self, suite: EnvSuite) -> FitResult:
+        """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice leaves now.
+
+        Raises `ConfigError` inside a running event loop.
+        """
+        refuse_inside_a_loop("fit()", "afit()")
+        return asyncio.run(self.afit(suite))
+
+    async def afit(
+        self,
+        suite: EnvSuite,
+        *,
+        engine: Engine | None = None,
+        resources: Resources | None = None,
+        on_ready: OnReady | None = None,
+    ) -> FitResult:
+        """Train on the suite's train split. A given engine or resources stay open for their owner.
+
+        `on_ready` is awaited once the engine holds the learner's weights, before the first update.
+        Raises `ConfigError` for what the user can mend and `WorkerError` when a component dies.
+        """
+        with ungrouped():
+            return await self._afit(suite, engine, resources, on_ready)
+
+    async def _afit(
+        self, suite: EnvSuite, engine: Engine | None, resources: Resources | None, on_ready: OnReady | None
+    ) -> FitResult:
+        async with self._parts(suite, engine, resources) as parts:
+            if on_ready is not None:
+                await on_ready(parts.learner.version)
+            fit = Fit(parts, on_step=self._on_step)
+            with _interrupts(fit.stop):
+                await fit.train()
+            await parts.learner.export(self.model_folder)
+            mark_family(self.model_folder, family_of(self.model, self.config.family))
+            return FitResult(
+                version=parts.learner.version,
+                is_complete=parts.learner.version >= self.config.steps,
+                model=self.model_folder,
+                steps=await parts.ledger.steps(),
+                episodes=await parts.ledger.records(),
+            )
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model is exported to."""
+        return self.run / "model"
+
+    @property
+    def policy(self) -> ModelPolicy:
+        """The trained model as a policy; raises `ConfigError` before the first fit."""
+        if not (self.model_folder / "config.json").is_file():
+            raise ConfigError(f"{self.run} holds no trained model yet: call fit() first")
+        return ModelPolicy(
+            self.model_folder,
+            family=self.config.family,
+            engine=self.config.engine,
+            sampling=self.config.sampling,
+            engine_config=self.config.engine_config,
+            log_path=self.run / "logs" / "policy.log",
+            name="trained policy",
+        )
+
+    @asynccontextmanager
+    async def _parts(self, suite: EnvSuite, engine: Engine | None, resources: Resources | None) -> AsyncIterator[Parts]:
+        config = self.config
+        async with Resources() as own:
+            # a model that cannot be talked to is refused before anything is written or started
+            renderer = open_renderer(self.model, family=config.family)
+            meta = {"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed}
+            ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
+            self._write_config(suite)
+            learner, engine = await self._open_models(own, engine)
+            checkpoints = Checkpoints(self.run / "checkpoints")
+            await _resume(learner, ledger, checkpoints)
+            policy = EnginePolicy(engine, renderer, config.sampling)
+            buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
+            sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=await ledger.next_number())
+            rollouts = RolloutWorkers(
+                suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
+            )
+            with WeightSync(
+                learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
+            ) as sync:
+                await sync.publish(learner.version)
+                yield Parts(
+                    config=config,
+                    learner=learner,
+                    engine=engine,
+                    sync=sync,
+                    ledger=ledger,
+                    buffer=buffer,
+                    rollouts=rollouts,
+                    checkpoints=checkpoints,
+                )
+
+    async def _open_models(self, own: Resources, engine: Engine | None) -> tuple[Learner, Engine]:
+        logs = self.run / "logs"
+        config = self.config
+        start_learner = partial(LocalLearner.start, self.model, config.learner, log_path=logs / "learner.log")
+        start_engine = partial(
+            open_engine,
+            config.engine,
+            self.model,
+            config.engine_config,
+            logs / "engine.log",
+            version=BEFORE_FIRST_WEIGHTS,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            learner = tasks.create_task(own.get("learner", start_learner))
+            if engine is None:
+                started = tasks.create_task(own.get("engine", start_engine))
+        return learner.result(), engine if engine is not None else started.result()
+
+    def _plan(self) -> RolloutPlan:
+        config = self.config
+        return RolloutPlan(
+            group_size=config.group_size,
+            max_groups_in_hand=(config.max_lag + 1) * config.groups_per_step,
+            concurrency=config.concurrency,
+            seed=config.seed,
+            max_failure_rate=config.max_failure_rate,
+        )
+
+    def _write_config(self, suite: EnvSuite) -> None:
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            resolved = {"model": self.model, "suite": suite.describe(), "train": self.config.model_dump(mode="json")}
+            write_whole(self.run / "config.json", json.dumps(resolved, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the run folder {self.run}: {error.strerror}; choose another place"
+            ) from error
+
+
+async def _resume(learner: Learner, ledger: Ledger, checkpoints: Checkpoints) -> None:
+    newest = checkpoints.newest()
+    if newest is not None:
+        await learner.load(newest)
+    await ledger.rewind(learner.version)
+
+
+@contextmanager
+def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: the first asks to stop, the second cancels the task that entered here."""
+    loop = asyncio.get_running_loop()
+    owner = asyncio.current_task()
+    asked: list[int] = []
+
+    def on_signal(number: int) -> None:
+        if asked and owner is not None:
+            owner.cancel()
+            return
+        asked.append(number)
+        print("stopping after this step; once more to leave now", file=sys.stderr, flush=True)
+        stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
