@@ -59,19 +59,23 @@ class ZygoteProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         user = JAIL_UID if os.geteuid() == 0 else None
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *_command(bwrap, rootfs.path, theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                cwd="/",
-                env={},
-                start_new_session=True,
-                user=user,
-                group=user,
-                extra_groups=None if user is None else [],
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *_command(bwrap, rootfs.path, theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=(theirs.fileno(),),
+                    cwd="/",
+                    env={},
+                    start_new_session=True,
+                    user=user,
+                    group=user,
+                    extra_groups=None if user is None else [],
+                )
+            except BaseException:
+                ours.close()
+                raise
         zygote = cls(process, ours)
         try:
             async with asyncio.timeout(_START_S):
@@ -94,8 +98,12 @@ class ZygoteProcess:
             socket.send_fds(self._control, [request], [box_socket.fileno()])
             async with asyncio.timeout(_FORK_S):
                 return await future
-        except (OSError, TimeoutError) as error:
-            raise SandboxError(f"the jail zygote did not make a box: {error or 'timeout'}") from error
+        except BaseException as error:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                _discard(future.result())  # it came, but the wait for it was given up in the same turn of the loop
+            if isinstance(error, OSError):  # TimeoutError is one
+                raise SandboxError(f"the jail zygote did not make a box: {error or 'timeout'}") from error
+            raise
         finally:
             self._pending.pop(number, None)
 
@@ -127,10 +135,8 @@ class ZygoteProcess:
             return
         future = self._pending.get(message["id"])
         if future is None or future.done():
-            for fd in fds:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
-                os.close(fd)
+            for pidfd in fds:
+                _discard(pidfd)
         elif "error" in message:
             future.set_exception(SandboxError(f"the kernel refused a sandbox: {message['error']}; {_REMEDY}"))
         else:
@@ -144,6 +150,12 @@ class ZygoteProcess:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(SandboxError(reason))
+
+
+def _discard(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
 
 
 def _command(bwrap: str, root: Path, control_fd: int) -> list[str]:

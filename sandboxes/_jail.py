@@ -47,13 +47,13 @@ class JailBackend:
         box_id = f"jail-{os.getpid()}-{next(self._numbers)}"
         ours, theirs = socket.socketpair()
         with theirs:
+            io = _StreamIO(*await asyncio.open_connection(sock=ours))  # closes the socket when it is cancelled
             try:
                 pidfd = await zygote.fork_box(theirs, config)
             except BaseException:
-                ours.close()  # a box that was forked all the same ends with its socket
+                io.close()  # a box that was forked all the same ends with its socket
                 raise
-        # from here on the box closes what it holds, whatever happens
-        io = _StreamIO(*await asyncio.open_connection(sock=ours))
+        # no await since the fork, and from here on the box closes what it holds, whatever happens
         host = _JailHost(pidfd, io, self._cgroups)
         box = Box(box_id, io, host, spec.limits)
         self._boxes.add(box)
