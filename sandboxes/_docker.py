@@ -70,7 +70,11 @@ class DockerBackend:
                 launch.result().close()
             await asyncio.to_thread(_remove, client, box_id)
             raise
-        io = _AttachedIO(*await asyncio.open_connection(sock=sock))
+        try:
+            io = _AttachedIO(*await asyncio.open_connection(sock=sock))
+        except BaseException:
+            await asyncio.to_thread(_remove, client, box_id)
+            raise
         box = Box(box_id, io, _ContainerHost(client, box_id, io), spec.limits)
         self._boxes.add(box)
         box.on_closed = self._boxes.discard

@@ -22,7 +22,7 @@ from palaestra.errors import ConfigError, LedgerError, WorkerError
 from palaestra.processes import WorkerProcess
 
 CALL_S = 20.0
-SOON_S = 5.0
+SOON_S = 20.0
 
 SERVICE = """
 import os, signal, socket, subprocess, sys, time
