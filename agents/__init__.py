@@ -6,7 +6,7 @@ from palaestra.agents._evaluate import EvalReport, aevaluate, episode_seed, eval
 from palaestra.agents._policy import EnginePolicy, ExpertPolicy, ModelPolicy, Policy, RandomPolicy, Session
 from palaestra.agents._renderer import Renderer
 from palaestra.agents._runner import run_episode
-from palaestra.agents._statistics import Proportion, pass_at_k, wilson
+from palaestra.agents._statistics import Proportion, pass_at_k, wilson, wilson_of_tasks
 
 __all__ = [
     "ChatPolicy",
@@ -30,4 +30,5 @@ __all__ = [
     "run_episode",
     "summarise",
     "wilson",
+    "wilson_of_tasks",
 ]

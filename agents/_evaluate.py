@@ -17,7 +17,7 @@ import numpy as np
 
 from palaestra.agents._policy import Policy
 from palaestra.agents._runner import run_episode
-from palaestra.agents._statistics import Proportion, pass_at_k, wilson
+from palaestra.agents._statistics import Proportion, pass_at_k, wilson_of_tasks
 from palaestra.envs import EnvSuite
 from palaestra.errors import refuse_inside_a_loop, ungrouped
 from palaestra.resources import Resources
@@ -154,18 +154,16 @@ def summarise(policy_name: str, episodes: Sequence[Episode], *, samples: int = 1
     ordered = tuple(sorted(episodes, key=lambda episode: episode.id))
     answered = [e for e in ordered if e.outcome in _ANSWERED]
     by_env: dict[str, list[Episode]] = defaultdict(list)
-    by_task: dict[str, list[Episode]] = defaultdict(list)
     for episode in answered:
         by_env[episode.env_id].append(episode)
-        by_task[episode.task.id].append(episode)
     rewards = [e.reward for e in answered if e.reward is not None]
-    counts = [(sum(e.is_success for e in group), len(group)) for group in by_task.values()]
+    counts = _by_task(answered)
     ks = sorted({1, samples})
     complete = bool(counts) and all(sampled >= samples for _, sampled in counts)
     return EvalReport(
         policy=policy_name,
-        success=_proportion(answered),
-        by_env={env_id: _proportion(group) for env_id, group in sorted(by_env.items())},
+        success=wilson_of_tasks(counts),
+        by_env={env_id: wilson_of_tasks(_by_task(group)) for env_id, group in sorted(by_env.items())},
         mean_reward=math.fsum(rewards) / len(rewards) if rewards else math.nan,
         pass_at={k: pass_at_k(counts, k) for k in ks} if complete else {},
         outcomes=dict(Counter(e.outcome.value for e in ordered)),
@@ -174,8 +172,12 @@ def summarise(policy_name: str, episodes: Sequence[Episode], *, samples: int = 1
     )
 
 
-def _proportion(episodes: Sequence[Episode]) -> Proportion:
-    return wilson(sum(e.is_success for e in episodes), len(episodes))
+def _by_task(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
+    """(number solved, number played) of each task."""
+    tasks: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        tasks[episode.task.id].append(episode)
+    return [(sum(e.is_success for e in group), len(group)) for group in tasks.values()]
 
 
 def _mean_terms(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty: Wilson intervals and pass@k."""
+"""Estimates with their uncertainty: Wilson intervals, also over several samples of one task, and pass@k."""
 
 from __future__ import annotations
 
@@ -19,15 +19,40 @@ class Proportion:
     count: int
 
 
-def wilson(num_successes: int, count: int) -> Proportion:
-    """Wilson score interval at 95 % (E. B. Wilson, 1927, JASA 22:209)."""
+def wilson(num_successes: int, count: int, *, effective_count: float | None = None) -> Proportion:
+    """Wilson score interval at 95 % (E. B. Wilson, 1927, JASA 22:209).
+
+    `effective_count`, by default `count`, is how many independent ones the `count` are worth.
+    """
     if count == 0:
         return Proportion(math.nan, math.nan, math.nan, 0)
     rate = num_successes / count
-    spread = _Z_95 * math.sqrt(rate * (1 - rate) / count + _Z_95**2 / (4 * count**2))
-    centre = rate + _Z_95**2 / (2 * count)
-    scale = 1 + _Z_95**2 / count
+    weight = count if effective_count is None else effective_count
+    spread = _Z_95 * math.sqrt(rate * (1 - rate) / weight + _Z_95**2 / (4 * weight**2))
+    centre = rate + _Z_95**2 / (2 * weight)
+    scale = 1 + _Z_95**2 / weight
     return Proportion(rate, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), count)
+
+
+def wilson_of_tasks(successes: Sequence[tuple[int, int]]) -> Proportion:
+    """Wilson interval over samples of tasks, given as (number correct, number sampled) of each task.
+
+    Samples of one task resemble each other, so that they are worth fewer independent ones: their number over the
+    design effect (Kish, Survey Sampling, 1965, ch. 8), which comes from the variance between tasks, as in Miller,
+    arXiv:2411.00640, sec. 2.2. Where all samples agree nothing can be estimated, and each task counts once.
+    """
+    drawn = [(correct, sampled) for correct, sampled in successes if sampled]
+    correct = sum(correct for correct, _ in drawn)
+    count = sum(sampled for _, sampled in drawn)
+    if len(drawn) in (0, count):
+        return wilson(correct, count)
+    rate = correct / count
+    if len(drawn) == 1 or correct in (0, count):
+        return wilson(correct, count, effective_count=len(drawn))
+    squares = math.fsum((correct - sampled * rate) ** 2 for correct, sampled in drawn)
+    between = squares * len(drawn) / (len(drawn) - 1) / count**2
+    design_effect = max(1.0, between / (rate * (1 - rate) / count))
+    return wilson(correct, count, effective_count=count / design_effect)
 
 
 def pass_at_k(successes: Sequence[tuple[int, int]], k: int) -> float:

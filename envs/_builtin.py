@@ -1,27 +1,24 @@
-"""The environments that come with Palaestra."""
+"""The environments that come with Palaestra: what the `environments.toml` of each package beside this file lists.
+
+A table is named after a class of its package and gives its id, family and one line about it. The file is TOML, so
+that `palaestra_gymnasium.py`, which must not import Palaestra, reads the same one.
+"""
 
 from __future__ import annotations
+
+import tomllib
+from pathlib import Path
 
 from palaestra.envs._registry import register
 
 
 def register_all() -> None:
     """Register every environment of ours; idempotent."""
-    register(
-        "palaestra/CodeRepair-v0",
-        "palaestra.envs.code:CodeRepair",
-        family="code",
-        summary="repair a broken Python function until its hidden tests pass in a sandbox",
-    )
-    register(
-        "palaestra/MiniWoB-v0",
-        "palaestra.envs.browser:MiniWoB",
-        family="browser",
-        summary="MiniWoB++ pages in Chromium, seen as an accessibility tree",
-    )
-    register(
-        "palaestra/ToolDesk-v0",
-        "palaestra.envs.desk:ToolDesk",
-        family="tools",
-        summary="a service desk with a SQLite database behind an HTTP server",
-    )
+    for manifest in sorted(Path(__file__).parent.glob("*/environments.toml")):
+        for name, entry in tomllib.loads(manifest.read_text()).items():
+            register(
+                entry["id"],
+                f"palaestra.envs.{manifest.parent.name}:{name}",
+                family=entry["family"],
+                summary=entry["summary"],
+            )

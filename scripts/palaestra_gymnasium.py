@@ -12,11 +12,19 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-ENVIRONMENTS = {
-    "palaestra/CodeRepair-v0": "palaestra.envs.code:CodeRepair",
-    "palaestra/MiniWoB-v0": "palaestra.envs.browser:MiniWoB",
-    "palaestra/ToolDesk-v0": "palaestra.envs.desk:ToolDesk",
-}
+
+def environments() -> dict[str, str]:
+    """Entry points by id, from the `environments.toml` of Palaestra's packages; finding it does not import it."""
+    import tomllib
+    from pathlib import Path
+
+    spec = find_spec("palaestra")
+    found = {}
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for manifest in Path(folder).glob("envs/*/environments.toml"):
+            for name, entry in tomllib.loads(manifest.read_text()).items():
+                found[entry["id"]] = f"palaestra.envs.{manifest.parent.name}:{name}"
+    return found
 
 
 class _AfterImport(Loader):
@@ -30,7 +38,7 @@ class _AfterImport(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        for env_id, entry_point in ENVIRONMENTS.items():
+        for env_id, entry_point in environments().items():
             if env_id not in module.registry:
                 module.register(env_id, entry_point=entry_point, order_enforce=False, disable_env_checker=True)
 

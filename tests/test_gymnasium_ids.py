@@ -31,10 +31,10 @@ def test_start_of_python_imports_neither_gymnasium_nor_palaestra() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_two_lists_of_ids_agree() -> None:
+def test_the_two_readers_of_the_manifests_agree() -> None:
     before = list(sys.meta_path)
     try:
-        listed = runpy.run_path(str(ROOT / "scripts" / "palaestra_gymnasium.py"))["ENVIRONMENTS"]
+        listed = runpy.run_path(str(ROOT / "scripts" / "palaestra_gymnasium.py"))["environments"]()
     finally:
         sys.meta_path[:] = before
     ours = {row.env_id: row.entry_point for row in registrations() if row.env_id.startswith("palaestra/")}

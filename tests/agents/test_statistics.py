@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palaestra.agents import pass_at_k, wilson
+from palaestra.agents import pass_at_k, wilson, wilson_of_tasks
 
 
 def test_wilson_matches_the_textbook() -> None:
@@ -29,6 +30,38 @@ def test_wilson_contains_its_rate_and_stays_in_the_unit_interval(count: int, dat
     estimate = wilson(data.draw(st.integers(0, count)), count)
     assert 0.0 <= estimate.low <= estimate.rate + 1e-12
     assert estimate.rate - 1e-12 <= estimate.high <= 1.0
+
+
+@given(st.lists(st.integers(0, 1), min_size=1))
+def test_one_sample_per_task_is_plain_wilson(successes: list[int]) -> None:
+    assert wilson_of_tasks([(correct, 1) for correct in successes]) == wilson(sum(successes), len(successes))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.just(4)), min_size=1))
+def test_samples_of_a_task_are_worth_no_more_than_independent_ones(successes: list[tuple[int, int]]) -> None:
+    correct, count = sum(c for c, _ in successes), 4 * len(successes)
+    clustered, plain = wilson_of_tasks(successes), wilson(correct, count)
+    assert (clustered.rate, clustered.count) == (plain.rate, plain.count)
+    assert clustered.high - clustered.low >= plain.high - plain.low - 1e-12
+
+
+@given(st.lists(st.booleans(), min_size=2).filter(lambda solved: len(set(solved)) == 2))
+def test_samples_that_only_repeat_their_task_narrow_nothing(solved: list[bool]) -> None:
+    repeated = wilson_of_tasks([(5 * is_solved, 5) for is_solved in solved])
+    once = wilson(sum(solved), len(solved))
+    assert repeated.high - repeated.low >= once.high - once.low - 1e-12
+
+
+def test_intervals_over_samples_cover_the_rate_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    runs, tasks, samples, covered, naive = 1000, 100, 8, 0, 0
+    for _ in range(runs):
+        correct = [int(c) for c in rng.binomial(samples, rng.beta(0.6, 0.4, tasks))]  # mean 0.6, tasks differ much
+        clustered, plain = wilson_of_tasks([(c, samples) for c in correct]), wilson(sum(correct), samples * tasks)
+        covered += clustered.low <= 0.6 <= clustered.high
+        naive += plain.low <= 0.6 <= plain.high
+    assert 0.93 <= covered / runs <= 0.97
+    assert naive / runs < 0.75  # what treating samples as independent would claim to be 95 %
 
 
 @given(st.integers(1, 8), st.data())
