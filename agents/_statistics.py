@@ -37,22 +37,33 @@ def wilson(num_successes: int, count: int, *, effective_count: float | None = No
 def wilson_of_tasks(successes: Sequence[tuple[int, int]]) -> Proportion:
     """Wilson interval over samples of tasks, given as (number correct, number sampled) of each task.
 
-    Samples of one task resemble each other, so that they are worth fewer independent ones: their number over the
-    design effect (Kish, Survey Sampling, 1965, ch. 8), which comes from the variance between tasks, as in Miller,
-    arXiv:2411.00640, sec. 2.2. Where all samples agree nothing can be estimated, and each task counts once.
+    Samples of one task resemble each other, so that they are worth fewer independent ones: n over Kish's design
+    effect 1 + (sum(m^2)/n - 1) * rho, with m samples of a task, n in all and rho the correlation within a task
+    (Survey Sampling, 1965, sec. 5.4; for unequal m Gabler, Haeder and Lahiri, 1999, Survey Methodology 25:105).
     """
     drawn = [(correct, sampled) for correct, sampled in successes if sampled]
     correct = sum(correct for correct, _ in drawn)
     count = sum(sampled for _, sampled in drawn)
-    if len(drawn) in (0, count):
+    if len(drawn) == count:
         return wilson(correct, count)
-    rate = correct / count
-    if len(drawn) == 1 or correct in (0, count):
-        return wilson(correct, count, effective_count=len(drawn))
-    squares = math.fsum((correct - sampled * rate) ** 2 for correct, sampled in drawn)
-    between = squares * len(drawn) / (len(drawn) - 1) / count**2
-    design_effect = max(1.0, between / (rate * (1 - rate) / count))
-    return wilson(correct, count, effective_count=count / design_effect)
+    excess = sum(sampled**2 for _, sampled in drawn) / count - 1
+    return wilson(correct, count, effective_count=count / (1 + excess * _correlation(drawn)))
+
+
+def _correlation(successes: Sequence[tuple[int, int]]) -> float:
+    """Correlation of the samples of one task, from 0 to 1: the analysis-of-variance estimate (Donner, 1986, ISR 54:67).
+
+    Ours: two tasks are added, all right and all wrong, since few tasks, or samples that all agree, say little about
+    it, and the interval should be wide then.
+    """
+    mean_size = math.ceil(sum(sampled for _, sampled in successes) / len(successes))
+    tasks = [*successes, (mean_size, mean_size), (0, mean_size)]
+    count = sum(sampled for _, sampled in tasks)
+    rate = sum(correct for correct, _ in tasks) / count
+    within = math.fsum(correct * (1 - correct / sampled) for correct, sampled in tasks) / (count - len(tasks))
+    between = math.fsum(sampled * (correct / sampled - rate) ** 2 for correct, sampled in tasks) / (len(tasks) - 1)
+    size = (count - sum(sampled**2 for _, sampled in tasks) / count) / (len(tasks) - 1)
+    return max(0.0, (between - within) / (between + (size - 1) * within))
 
 
 def pass_at_k(successes: Sequence[tuple[int, int]], k: int) -> float:

@@ -15,7 +15,7 @@ from palaestra.envs._registry import register
 def register_all() -> None:
     """Register every environment of ours; idempotent."""
     for manifest in sorted(Path(__file__).parent.glob("*/environments.toml")):
-        for name, entry in tomllib.loads(manifest.read_text()).items():
+        for name, entry in tomllib.loads(manifest.read_text(encoding="utf-8")).items():
             register(
                 entry["id"],
                 f"palaestra.envs.{manifest.parent.name}:{name}",

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ JAIL_UID = 60_411
 
 _START_S = 30.0
 _FORK_S = 20.0
+_END_S = 10.0
 _OR_DOCKER = ', or use sandbox = "docker"'
 _REMEDY = (
     "unprivileged user namespaces must be on (sysctl user.max_user_namespaces above 0, "
@@ -40,13 +42,14 @@ _OPTIONS = (
 class ZygoteProcess:
     """The bubblewrap process and its control socket; answers are matched to requests by number."""
 
-    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         self.is_dead = False
         self._process = process
         self._control = control
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[int]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closing: asyncio.Task[str] | None = None
         control.setblocking(False)
         asyncio.get_running_loop().add_reader(control, self._on_message)
 
@@ -60,11 +63,12 @@ class ZygoteProcess:
         user = JAIL_UID if os.geteuid() == 0 else None
         with theirs:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *_command(bwrap, rootfs.path, theirs.fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.PIPE,
+                # not asyncio's: a start that is cancelled would kill bubblewrap's first process alone, see `_close`
+                process = subprocess.Popen(  # noqa: ASYNC220 - returns once the program runs
+                    _command(bwrap, rootfs.path, theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
                     pass_fds=(theirs.fileno(),),
                     cwd="/",
                     env={},
@@ -81,8 +85,8 @@ class ZygoteProcess:
             async with asyncio.timeout(_START_S):
                 await zygote._ready
         except (SandboxError, TimeoutError) as error:
-            said = await zygote.aclose()
-            raise ConfigError(f"bubblewrap cannot make a jail here: {said or error}; {_REMEDY}") from error
+            reason = await zygote.aclose() or str(error) or f"no answer within {_START_S:g} s"
+            raise ConfigError(f"bubblewrap cannot make a jail here: {reason}; {_REMEDY}") from error
         except BaseException:
             await zygote.aclose()
             raise
@@ -102,21 +106,37 @@ class ZygoteProcess:
             if future.done() and not future.cancelled() and future.exception() is None:
                 _discard(future.result())  # it came, but the wait for it was given up in the same turn of the loop
             if isinstance(error, OSError):  # TimeoutError is one
-                raise SandboxError(f"the jail zygote did not make a box: {error or 'timeout'}") from error
+                reason = str(error) or f"no answer within {_FORK_S:g} s"
+                raise SandboxError(f"the jail zygote did not make a box: {reason}") from error
             raise
         finally:
             self._pending.pop(number, None)
 
     async def aclose(self) -> str:
-        """End the zygote and with it every box; what bubblewrap printed on its error stream."""
-        if self._control.fileno() != -1:
-            asyncio.get_running_loop().remove_reader(self._control)
-            self._control.close()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        _, stderr = await self._process.communicate()
+        """End the zygote and with it every box; what bubblewrap printed on its error stream. Idempotent.
+
+        Raises `SandboxError` when something of it is still there after a while.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="close the jail zygote")
+        return await asyncio.shield(self._closing)  # a cancelled caller must not leave it half closed
+
+    async def _close(self) -> str:
+        asyncio.get_running_loop().remove_reader(self._control)
+        self._control.close()
         self._fail("the jail back end was closed")
-        return stderr.decode(errors="replace").strip()
+        # Its whole group: the second process of a bubblewrap that is still starting waits for the first for ever.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            try:
+                async with asyncio.timeout(_END_S):
+                    said = await _read_to_end(stderr.fileno())
+            except TimeoutError as error:
+                raise SandboxError(f"the jail zygote did not end within {_END_S:g} s of SIGKILL") from error
+        self._process.wait()  # it held the stream, so it has ended
+        return said.decode(errors="replace").strip()
 
     def _on_message(self) -> None:
         try:
@@ -131,7 +151,8 @@ class ZygoteProcess:
             return
         message = json.loads(data)
         if "ready" in message:
-            self._ready.set_result(None)
+            if not self._ready.done():  # the wait for it may have been given up in this turn of the loop
+                self._ready.set_result(None)
             return
         future = self._pending.get(message["id"])
         if future is None or future.done():
@@ -146,10 +167,32 @@ class ZygoteProcess:
         self.is_dead = True
         if not self._ready.done():
             self._ready.set_exception(SandboxError(reason))
-        self._ready.exception()  # mark as seen: after the start nobody awaits it
+        if not self._ready.cancelled():
+            self._ready.exception()  # mark as seen: after the start nobody awaits it
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(SandboxError(reason))
+
+
+async def readable(fd: int) -> None:
+    """Wait until there is something to read: for a pidfd, until its process has ended."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+async def _read_to_end(fd: int) -> bytes:
+    data = bytearray()
+    while True:
+        await readable(fd)
+        chunk = os.read(fd, 1 << 16)
+        if not chunk:
+            return bytes(data)
+        data += chunk
 
 
 def _discard(pidfd: int) -> None:

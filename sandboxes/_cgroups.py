@@ -71,17 +71,22 @@ class MemoryCgroups:
         if found is None:
             return None
         root, limit_file, events_file = found
-        guard = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            _GUARD,
-            "palaestra-cgroup-guard",
-            str(root),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            guard = await asyncio.create_subprocess_exec(
+                "/bin/sh",
+                "-c",
+                _GUARD,
+                "palaestra-cgroup-guard",
+                str(root),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):  # a guard that did start removes it itself
+                root.rmdir()
+            raise
         return cls(root, limit_file, events_file, guard)
 
     def take(self, memory_mb: int) -> Slot:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import socket
 import tarfile
@@ -30,6 +31,8 @@ from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._box import Box, server_config
 from palaestra.sandboxes._protocol import Limits, SandboxSpec
 from palaestra.sandboxes._rootfs import PYTHON, Rootfs, ensure_rootfs
+
+_log = logging.getLogger(__name__)
 
 _REPOSITORY = "palaestra/base"
 _OWNER_LABEL = "palaestra.owner"
@@ -50,6 +53,7 @@ class DockerBackend:
         self._image = ""
         self._lock = asyncio.Lock()
         self._boxes: set[Box] = set()
+        self._undoing: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._closed = False
 
@@ -58,22 +62,18 @@ class DockerBackend:
         client = await self._connected()
         box_id = f"palaestra-{os.getpid()}-{os.urandom(3).hex()}-{next(self._numbers)}"
         config = _container(client, self._image, box_id, spec.limits)
-        launch = asyncio.ensure_future(asyncio.to_thread(_launch, client, config))
+        # a future, not a task: the end of the loop cancels tasks, and the thread goes on all the same
+        launch = asyncio.get_running_loop().run_in_executor(None, _launch, client, config)
         try:
             sock = await asyncio.shield(launch)
-        except _FAILURES as error:
-            await asyncio.to_thread(_remove, client, box_id)
-            raise SandboxError(f"Docker did not start a container: {error}") from error
-        except asyncio.CancelledError:
-            await asyncio.wait([launch])  # the thread goes on; what it made must not stay
-            if not launch.exception():
-                launch.result().close()
-            await asyncio.to_thread(_remove, client, box_id)
-            raise
-        try:
             io = _AttachedIO(*await asyncio.open_connection(sock=sock))
-        except BaseException:
-            await asyncio.to_thread(_remove, client, box_id)
+        except BaseException as error:
+            undoing = asyncio.create_task(_undo(launch, client, box_id), name=f"undo {box_id}")
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            await asyncio.shield(undoing)  # goes on when this wait is cancelled too
+            if isinstance(error, _FAILURES):
+                raise SandboxError(f"Docker did not start a container: {error}") from error
             raise
         box = Box(box_id, io, _ContainerHost(client, box_id, io), spec.limits)
         self._boxes.add(box)
@@ -93,6 +93,8 @@ class DockerBackend:
         async with asyncio.TaskGroup() as group:
             for box in list(self._boxes):
                 group.create_task(box.aclose())
+        if self._undoing:
+            await asyncio.wait(self._undoing)
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -255,6 +257,17 @@ def _launch(client: docker.APIClient, config: dict[str, Any]) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+async def _undo(launch: asyncio.Future[socket.socket], client: docker.APIClient, name: str) -> None:
+    """Leave nothing of a launch that failed or that nobody waits for any more."""
+    await asyncio.wait([launch])
+    if launch.exception() is None:
+        launch.result().close()
+    try:
+        await asyncio.to_thread(_remove, client, name)
+    except SandboxError as error:  # what went wrong before is the caller's to hear
+        _log.warning("%s", error)
 
 
 def _remove(client: docker.APIClient, name: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from palaestra.errors import SandboxError
 from palaestra.sandboxes._box import Box, server_config
-from palaestra.sandboxes._bwrap import ZygoteProcess
+from palaestra.sandboxes._bwrap import ZygoteProcess, readable
 from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
 from palaestra.sandboxes._protocol import SandboxSpec
 from palaestra.sandboxes._rootfs import ensure_rootfs
@@ -35,6 +35,7 @@ class JailBackend:
     def __init__(self) -> None:
         self._zygote: ZygoteProcess | None = None
         self._cgroups: MemoryCgroups | None = None
+        self._knows_cgroups = False
         self._lock = asyncio.Lock()
         self._boxes: set[Box] = set()
         self._numbers = itertools.count()
@@ -98,11 +99,12 @@ class JailBackend:
             if self._zygote is not None and self._zygote.is_dead:
                 await self._zygote.aclose()
                 self._zygote = None
+            if not self._knows_cgroups:  # before the zygote: one whose creation is cancelled here must not do without
+                self._cgroups = await MemoryCgroups.open()
+                self._knows_cgroups = True
             if self._zygote is None:
                 rootfs = await asyncio.to_thread(ensure_rootfs)
                 self._zygote = await ZygoteProcess.start(rootfs)
-                if self._cgroups is None:
-                    self._cgroups = await MemoryCgroups.open()
             return self._zygote
 
 
@@ -152,7 +154,7 @@ class _JailHost:
         try:
             # pid 1 is reported dead only after every process of its namespace is
             async with asyncio.timeout(_CLOSE_S):
-                await _readable(self._pidfd)
+                await readable(self._pidfd)
         except TimeoutError as error:
             raise SandboxError(f"a sandbox did not end within {_CLOSE_S:g} s of SIGKILL") from error
         finally:
@@ -162,16 +164,6 @@ class _JailHost:
 
     def count_oom_kills(self) -> int:
         return self._slot.count_oom_kills() if self._slot is not None else 0
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)
 
 
 def _pid_of(pidfd: int) -> int:

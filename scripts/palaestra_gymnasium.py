@@ -7,6 +7,7 @@ Gymnasium, and then only Gymnasium's registry is touched.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ def environments() -> dict[str, str]:
     found = {}
     for folder in (spec and spec.submodule_search_locations) or ():
         for manifest in Path(folder).glob("envs/*/environments.toml"):
-            for name, entry in tomllib.loads(manifest.read_text()).items():
+            for name, entry in tomllib.loads(manifest.read_text(encoding="utf-8")).items():
                 found[entry["id"]] = f"palaestra.envs.{manifest.parent.name}:{name}"
     return found
 
@@ -38,7 +39,13 @@ class _AfterImport(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        for env_id, entry_point in environments().items():
+        try:
+            found = environments()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # a damaged Palaestra must not take Gymnasium down with it, which others use as well
+            warnings.warn(f"Palaestra's environments are not registered: {error!r}; reinstall palaestra", stacklevel=2)
+            found = {}
+        for env_id, entry_point in found.items():
             if env_id not in module.registry:
                 module.register(env_id, entry_point=entry_point, order_enforce=False, disable_env_checker=True)
 

@@ -38,4 +38,21 @@ def test_the_two_readers_of_the_manifests_agree() -> None:
     finally:
         sys.meta_path[:] = before
     ours = {row.env_id: row.entry_point for row in registrations() if row.env_id.startswith("palaestra/")}
+    assert len(ours) >= 3
     assert listed == ours
+
+
+def test_a_damaged_manifest_is_a_warning_and_gymnasium_works(tmp_path: Path) -> None:
+    folder = tmp_path / "palaestra" / "envs" / "code"
+    folder.mkdir(parents=True)
+    (folder / "environments.toml").write_text("[CodeRepair\n")
+    (tmp_path / "palaestra" / "__init__.py").touch()
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import gymnasium; print(gymnasium.make('CartPole-v1'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CartPole" in done.stdout
+    assert "environments are not registered" in done.stderr

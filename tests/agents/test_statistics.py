@@ -45,23 +45,37 @@ def test_samples_of_a_task_are_worth_no_more_than_independent_ones(successes: li
     assert clustered.high - clustered.low >= plain.high - plain.low - 1e-12
 
 
-@given(st.lists(st.booleans(), min_size=2).filter(lambda solved: len(set(solved)) == 2))
-def test_samples_that_only_repeat_their_task_narrow_nothing(solved: list[bool]) -> None:
-    repeated = wilson_of_tasks([(5 * is_solved, 5) for is_solved in solved])
-    once = wilson(sum(solved), len(solved))
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1))
+def test_samples_that_only_repeat_their_task_narrow_nothing(tasks: list[tuple[bool, int]]) -> None:
+    repeated = wilson_of_tasks([(size * is_solved, size) for is_solved, size in tasks])
+    once = wilson(sum(size * is_solved for is_solved, size in tasks), repeated.count, effective_count=len(tasks))
     assert repeated.high - repeated.low >= once.high - once.low - 1e-12
 
 
-def test_intervals_over_samples_cover_the_rate_as_often_as_they_say() -> None:
+def test_one_failure_more_does_not_make_the_interval_leap() -> None:
+    perfect, nearly = wilson_of_tasks([(8, 8)] * 100), wilson_of_tasks([(8, 8)] * 99 + [(7, 8)])
+    assert nearly.low == pytest.approx(perfect.low, abs=0.005)
+
+
+@pytest.mark.parametrize(("tasks", "right", "wrong"), [(100, 0.6, 0.4), (10, 1.8, 0.2), (5, 0.6, 0.4), (50, 60, 40)])
+def test_intervals_over_samples_cover_the_rate_as_often_as_they_say(tasks: int, right: float, wrong: float) -> None:
     rng = np.random.default_rng(0)
-    runs, tasks, samples, covered, naive = 1000, 100, 8, 0, 0
+    rate, runs, covered = right / (right + wrong), 1000, 0
     for _ in range(runs):
-        correct = [int(c) for c in rng.binomial(samples, rng.beta(0.6, 0.4, tasks))]  # mean 0.6, tasks differ much
-        clustered, plain = wilson_of_tasks([(c, samples) for c in correct]), wilson(sum(correct), samples * tasks)
-        covered += clustered.low <= 0.6 <= clustered.high
-        naive += plain.low <= 0.6 <= plain.high
-    assert 0.93 <= covered / runs <= 0.97
-    assert naive / runs < 0.75  # what treating samples as independent would claim to be 95 %
+        sizes = rng.integers(4, 9, tasks)
+        correct = rng.binomial(sizes, rng.beta(right, wrong, tasks))
+        estimate = wilson_of_tasks([(int(c), int(size)) for c, size in zip(correct, sizes, strict=True)])
+        covered += estimate.low <= rate <= estimate.high
+    assert covered / runs >= 0.93
+
+
+def test_samples_of_one_task_taken_for_independent_ones_would_claim_too_much() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        estimate = wilson(int(rng.binomial(8, rng.beta(0.6, 0.4, 100)).sum()), 800)
+        covered += estimate.low <= 0.6 <= estimate.high
+    assert covered / 1000 < 0.75
 
 
 @given(st.integers(1, 8), st.data())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from palaestra.errors import SandboxError
-from palaestra.sandboxes import SandboxBackend, SandboxSpec, open_backend
+from palaestra.errors import ConfigError, SandboxError
+from palaestra.sandboxes import SandboxBackend, SandboxSpec, _bwrap, open_backend
 from tests.sandboxes.hostview import children_of, eventually, marker, processes_with, traces_of
 
 _HARNESS = """
@@ -105,14 +107,24 @@ async def test_cancelled_creation_leaks_nothing(backend: SandboxBackend, backend
 
 
 async def test_creation_cancelled_in_the_turn_of_an_answer_leaks_nothing(
-    backend: SandboxBackend, backend_name: str
+    backend: SandboxBackend, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend_name != "jail":
         pytest.skip("Docker's client keeps connections")
+    discarded = []
+
+    def discard(pidfd: int) -> None:
+        discarded.append(pidfd)
+        _discard(pidfd)
+
+    _discard = _bwrap._discard
+    monkeypatch.setattr(_bwrap, "_discard", discard)
     await (await backend.create(SandboxSpec())).aclose()  # warm up
     descriptors = len(os.listdir("/proc/self/fd"))
     loop = asyncio.get_running_loop()
-    for turns in range(16):
+    for turns in itertools.cycle(range(16)):
+        if turns == 0 and discarded:
+            break
         creating = asyncio.ensure_future(backend.create(SandboxSpec()))
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -123,6 +135,58 @@ async def test_creation_cancelled_in_the_turn_of_an_answer_leaks_nothing(
             await creating.result().aclose()
     assert await eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
     assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
+
+
+async def test_creation_cancelled_twice_leaves_nothing_after_the_backend(backend_name: str) -> None:
+    for number in range(4):
+        backend = await open_backend(backend_name)
+        if number:
+            await (await backend.create(SandboxSpec())).aclose()  # warm up
+        creating = asyncio.ensure_future(backend.create(SandboxSpec()))
+        await asyncio.wait([creating], timeout=0.03 * number)
+        for _ in range(2):
+            creating.cancel()
+            await asyncio.sleep(0.001)
+        await asyncio.wait([creating])
+        if not creating.cancelled():
+            await creating.result().aclose()
+        await backend.aclose()
+        assert traces_of(os.getpid()) == []
+
+
+async def test_a_cancelled_first_creation_does_not_lose_the_memory_limit(backend_name: str) -> None:
+    if backend_name != "jail" or not (probe := await _cgroup_jail()):
+        pytest.skip("only a jail with cgroups can lose them")
+    await probe.aclose()
+    for number in range(10):
+        backend = await open_backend("jail")
+        creating = asyncio.ensure_future(backend.create(SandboxSpec()))
+        await asyncio.wait([creating], timeout=0.002 * number)
+        creating.cancel()
+        await asyncio.wait([creating])
+        assert creating.cancelled() or creating.result()  # and no error: what it had started has ended
+        await backend.create(SandboxSpec())
+        assert len([name for name in traces_of(os.getpid()) if "box" not in name]) == 1
+        await backend.aclose()
+        assert await eventually(lambda: traces_of(os.getpid()) == [])
+
+
+async def test_a_zygote_that_does_not_answer_is_told_with_the_remedy(
+    backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend_name != "jail":
+        pytest.skip("only the jail has a zygote")
+    monkeypatch.setattr(_bwrap, "_START_S", 0.2)
+    with tempfile.TemporaryDirectory() as folder:
+        mute = Path(folder, "bwrap")
+        mute.write_text("#!/bin/sh\nexec sleep 600\n")
+        for path in (mute, mute.parent):
+            path.chmod(0o755)  # the jail's user runs it
+        monkeypatch.setenv("PATH", folder, prepend=os.pathsep)
+        backend = await open_backend("jail")
+        with pytest.raises(ConfigError, match=r"no answer within 0\.2 s; unprivileged user namespaces"):
+            await backend.create(SandboxSpec())
+        await backend.aclose()
 
 
 async def test_many_lifecycles_leave_counts_flat(backend: SandboxBackend, backend_name: str) -> None:
