@@ -42,29 +42,22 @@ _OPTIONS = (
 class ZygoteProcess:
     """The bubblewrap process and its control socket; answers are matched to requests by number."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    def __init__(self, rootfs: Rootfs) -> None:
+        """Start bubblewrap; raises `ConfigError` when it is not installed. `aclose` ends it, ready or not."""
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
         self.is_dead = False
-        self._process = process
-        self._control = control
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[int]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[str] | None = None
-        control.setblocking(False)
-        asyncio.get_running_loop().add_reader(control, self._on_message)
-
-    @classmethod
-    async def start(cls, rootfs: Rootfs) -> ZygoteProcess:
-        """Start a zygote; raises `ConfigError` with the remedy when this machine cannot."""
-        bwrap = shutil.which("bwrap")
-        if bwrap is None:
-            raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         user = JAIL_UID if os.geteuid() == 0 else None
         with theirs:
             try:
-                # not asyncio's: a start that is cancelled would kill bubblewrap's first process alone, see `_close`
-                process = subprocess.Popen(  # noqa: ASYNC220 - returns once the program runs
+                # not asyncio's, which kills the first process alone when it is cancelled: see `_close`
+                self._process = subprocess.Popen(
                     _command(bwrap, rootfs.path, theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -78,19 +71,19 @@ class ZygoteProcess:
                     extra_groups=None if user is None else [],
                 )
             except BaseException:
-                ours.close()
+                self._control.close()
                 raise
-        zygote = cls(process, ours)
+        self._control.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._control, self._on_message)
+
+    async def wait_ready(self) -> None:
+        """Wait until it can make boxes; raises `ConfigError` with the remedy when this machine cannot."""
         try:
             async with asyncio.timeout(_START_S):
-                await zygote._ready
+                await asyncio.shield(self._ready)
         except (SandboxError, TimeoutError) as error:
-            reason = await zygote.aclose() or str(error) or f"no answer within {_START_S:g} s"
+            reason = await self.aclose() or str(error) or f"no answer within {_START_S:g} s"
             raise ConfigError(f"bubblewrap cannot make a jail here: {reason}; {_REMEDY}") from error
-        except BaseException:
-            await zygote.aclose()
-            raise
-        return zygote
 
     async def fork_box(self, box_socket: socket.socket, config: dict[str, Any]) -> int:
         """The pidfd of a new box's pid 1, which talks over `box_socket`; raises `SandboxError`."""
@@ -151,8 +144,7 @@ class ZygoteProcess:
             return
         message = json.loads(data)
         if "ready" in message:
-            if not self._ready.done():  # the wait for it may have been given up in this turn of the loop
-                self._ready.set_result(None)
+            self._ready.set_result(None)
             return
         future = self._pending.get(message["id"])
         if future is None or future.done():
@@ -167,8 +159,7 @@ class ZygoteProcess:
         self.is_dead = True
         if not self._ready.done():
             self._ready.set_exception(SandboxError(reason))
-        if not self._ready.cancelled():
-            self._ready.exception()  # mark as seen: after the start nobody awaits it
+        self._ready.exception()  # mark as seen: after the start nobody awaits it
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(SandboxError(reason))

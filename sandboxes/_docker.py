@@ -266,7 +266,7 @@ async def _undo(launch: asyncio.Future[socket.socket], client: docker.APIClient,
         launch.result().close()
     try:
         await asyncio.to_thread(_remove, client, name)
-    except SandboxError as error:  # what went wrong before is the caller's to hear
+    except (SandboxError, *_FAILURES) as error:  # what went wrong before is the caller's to hear
         _log.warning("%s", error)
 
 

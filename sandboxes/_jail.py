@@ -79,12 +79,12 @@ class JailBackend:
             for box in list(self._boxes):
                 group.create_task(box.aclose())
         async with self._lock:
-            if self._zygote is not None:
-                await self._zygote.aclose()
-                self._zygote = None
-            if self._cgroups is not None:
-                await self._cgroups.aclose()
-                self._cgroups = None
+            try:
+                await self._end_zygote()
+            finally:
+                if self._cgroups is not None:
+                    await self._cgroups.aclose()
+                    self._cgroups = None
 
     async def __aenter__(self) -> JailBackend:
         return self
@@ -97,15 +97,24 @@ class JailBackend:
             if self._closed:
                 raise SandboxError("the jail back end is closed")
             if self._zygote is not None and self._zygote.is_dead:
-                await self._zygote.aclose()
-                self._zygote = None
-            if not self._knows_cgroups:  # before the zygote: one whose creation is cancelled here must not do without
+                await self._end_zygote()
+            if not self._knows_cgroups:  # a creation that is cancelled here must not make the next do without
                 self._cgroups = await MemoryCgroups.open()
                 self._knows_cgroups = True
             if self._zygote is None:
                 rootfs = await asyncio.to_thread(ensure_rootfs)
-                self._zygote = await ZygoteProcess.start(rootfs)
+                self._zygote = ZygoteProcess(rootfs)
+            await self._zygote.wait_ready()  # one whose wait is cancelled serves the next
             return self._zygote
+
+    async def _end_zygote(self) -> None:
+        if self._zygote is not None:
+            try:
+                await self._zygote.aclose()
+            except SandboxError:
+                self._zygote = None  # the error is told once, and another can be started
+                raise
+            self._zygote = None
 
 
 class _StreamIO:

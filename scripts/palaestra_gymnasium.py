@@ -40,14 +40,12 @@ class _AfterImport(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         try:
-            found = environments()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for env_id, entry_point in environments().items():
+                if env_id not in module.registry:
+                    module.register(env_id, entry_point=entry_point, order_enforce=False, disable_env_checker=True)
+        except (OSError, ValueError, KeyError, TypeError, module.error.Error) as error:
             # a damaged Palaestra must not take Gymnasium down with it, which others use as well
-            warnings.warn(f"Palaestra's environments are not registered: {error!r}; reinstall palaestra", stacklevel=2)
-            found = {}
-        for env_id, entry_point in found.items():
-            if env_id not in module.registry:
-                module.register(env_id, entry_point=entry_point, order_enforce=False, disable_env_checker=True)
+            warnings.warn(f"not all of Palaestra's environments are registered: {error!r}; reinstall it", stacklevel=2)
 
 
 class _Finder(MetaPathFinder):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from palaestra.envs import registrations
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +44,11 @@ def test_the_two_readers_of_the_manifests_agree() -> None:
     assert listed == ours
 
 
-def test_a_damaged_manifest_is_a_warning_and_gymnasium_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", ["[CodeRepair\n", '[CodeRepair]\nname = "x"\n', '[CodeRepair]\nid = "bad id!"\n'])
+def test_a_damaged_manifest_is_a_warning_and_gymnasium_works(tmp_path: Path, manifest: str) -> None:
     folder = tmp_path / "palaestra" / "envs" / "code"
     folder.mkdir(parents=True)
-    (folder / "environments.toml").write_text("[CodeRepair\n")
+    (folder / "environments.toml").write_text(manifest)
     (tmp_path / "palaestra" / "__init__.py").touch()
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import gymnasium; print(gymnasium.make('CartPole-v1'))"
@@ -55,4 +58,4 @@ def test_a_damaged_manifest_is_a_warning_and_gymnasium_works(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert "CartPole" in done.stdout
-    assert "environments are not registered" in done.stderr
+    assert "reinstall it" in done.stderr

@@ -60,13 +60,19 @@ def test_one_failure_more_does_not_make_the_interval_leap() -> None:
 @pytest.mark.parametrize(("tasks", "right", "wrong"), [(100, 0.6, 0.4), (10, 1.8, 0.2), (5, 0.6, 0.4), (50, 60, 40)])
 def test_intervals_over_samples_cover_the_rate_as_often_as_they_say(tasks: int, right: float, wrong: float) -> None:
     rng = np.random.default_rng(0)
-    rate, runs, covered = right / (right + wrong), 1000, 0
+    rate, runs, covered, width, width_once = right / (right + wrong), 1000, 0, 0.0, 0.0
     for _ in range(runs):
         sizes = rng.integers(4, 9, tasks)
         correct = rng.binomial(sizes, rng.beta(right, wrong, tasks))
         estimate = wilson_of_tasks([(int(c), int(size)) for c, size in zip(correct, sizes, strict=True)])
         covered += estimate.low <= rate <= estimate.high
+        width += estimate.high - estimate.low
+        once = wilson(int(correct.sum()), estimate.count, effective_count=tasks)
+        width_once += once.high - once.low
     assert covered / runs >= 0.93
+    assert width < 0.98 * width_once  # samples add something ...
+    if right > 10:
+        assert width < 0.6 * width_once  # ... much where tasks are alike
 
 
 def test_samples_of_one_task_taken_for_independent_ones_would_claim_too_much() -> None:
