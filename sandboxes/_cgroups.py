@@ -84,7 +84,7 @@ class MemoryCgroups:
                 start_new_session=True,
             )
         except BaseException:
-            with contextlib.suppress(OSError):  # a guard that did start removes it itself
+            with contextlib.suppress(OSError):  # a guard that did start may have removed it
                 root.rmdir()
             raise
         return cls(root, limit_file, events_file, guard)

@@ -51,7 +51,7 @@ def traces_of(pid: int) -> list[str]:
     return traces
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
     """Poll until the condition holds or time is up; whether it held."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -66,7 +66,7 @@ def _site(body: bytes = _PAGE) -> Site:
 
 @pytest.fixture
 async def pool() -> AsyncIterator[BrowserPool]:
-    pool = await BrowserPool.start(_site(), BrowserConfig(max_tabs=2, lease_timeout_s=0.5, call_timeout_s=4.0))
+    pool = await BrowserPool.start(_site(), BrowserConfig(max_tabs=2, lease_timeout_s=0.5, call_timeout_s=2.0))
     yield pool
     await pool.aclose()
 
@@ -136,7 +136,7 @@ async def test_renderer_crash_is_an_error_and_the_pool_goes_on(pool: BrowserPool
 
 async def test_crash_during_a_call_is_an_error_at_once(pool: BrowserPool) -> None:
     tab = await pool.acquire()
-    async with asyncio.timeout(3.0), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(1.5), asyncio.TaskGroup() as group:
         call = group.create_task(_error_of(tab.call("eval", "while (true) {}")))
         await asyncio.sleep(0.2)
         os.kill(_renderer_of(pool), signal.SIGKILL)
@@ -195,7 +195,7 @@ async def test_nothing_is_left_after_the_parent_is_killed() -> None:
     assert len(family) > 2
     parent.kill()
     await parent.wait()
-    assert await eventually(lambda: not any(map(_is_running, family)))
+    assert await eventually(lambda: not any(map(_is_running, family)), timeout_s=10.0)
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ async def test_popups_and_dialogs_do_nothing(pool: BrowserPool) -> None:
 
 
 async def test_host_files_are_out_of_reach(pool: BrowserPool) -> None:
-    tab = await Tab.open(pool._browser, _site(), call_timeout_s=2.0, load_timeout_s=30.0)
+    tab = await Tab.open(pool._browser, _site(), call_timeout_s=2.0, load_timeout_s=10.0)
     with pytest.raises(Exception, match=r"ERR_BLOCKED_BY_CLIENT|ERR_FILE_NOT_FOUND|ERR_ABORTED"):
         await tab.page.goto("file:///etc/passwd", timeout=5000)
     await tab.close()

@@ -47,7 +47,7 @@ async def test_boxes_are_ready_and_never_reused(backend: SandboxBackend) -> None
             with pytest.raises(SandboxError):
                 await box.exec(["true"])
         assert len(set(ids)) == 4
-        assert await eventually(lambda: pool.num_ready == 2)
+        assert await eventually(lambda: pool.num_ready == 2, timeout_s=10)
 
 
 async def test_concurrent_leases_get_different_boxes(backend: SandboxBackend) -> None:
@@ -68,7 +68,7 @@ async def test_close_leaves_no_box(backend: SandboxBackend) -> None:
     pool = SandboxPool(flaky, SandboxSpec(), 2)
     async with pool.lease():
         pass
-    assert await eventually(lambda: pool.num_ready == 2)
+    assert await eventually(lambda: pool.num_ready == 2, timeout_s=10)
     await pool.aclose()
     await pool.aclose()
     assert len(flaky.made) >= 3

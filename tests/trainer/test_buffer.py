@@ -45,7 +45,7 @@ async def test_no_group_older_than_max_lag_is_handed_out(versions: list[int], ma
 
 async def test_take_waits_for_enough_groups() -> None:
     buffer = ReplayBuffer(max_lag=1, objection=no_objection)
-    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
         taking = tasks.create_task(buffer.take(2, 0, on_drop=Drops()))
         await buffer.put(7, make_group(7))
         await asyncio.sleep(0)
@@ -62,7 +62,7 @@ async def test_drop_is_told_before_the_batch_is_full() -> None:
     async def replace(drop: Dropped) -> None:
         await drops(drop)
 
-    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
         taking = tasks.create_task(buffer.take(1, 0, on_drop=replace))
         await buffer.put(0, make_group(0))
         while not drops.seen:

@@ -97,7 +97,7 @@ class Run:
             yield Fit(parts, on_step=self.records.append)
 
     async def train(self) -> None:
-        async with asyncio.timeout(120), self.open() as fit:
+        async with asyncio.timeout(30), self.open() as fit:
             await fit.train()
             balance = await self.ledger.balance()
             assert balance.trained == self.learner.version * self.config.groups_per_step
@@ -178,7 +178,7 @@ async def test_stopped_run_goes_on_and_trains_every_group_once(tmp_path: Path, t
     first = Run(tmp_path, tokenizer, config())
     num_open = Echo.num_open
     async with first.open() as fit:
-        async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             training = tasks.create_task(fit.train())
             while not first.records:
                 await asyncio.sleep(0)

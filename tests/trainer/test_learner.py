@@ -339,7 +339,7 @@ async def test_learner_process_steps_as_the_service_does_and_dies_loudly(model_f
         await learner.step(make_rows(1))
         await learner.load(tmp_path / "checkpoint")
         assert learner.version == 1
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             stepping = asyncio.create_task(learner.step(make_rows(2, count=500)))
             await asyncio.sleep(0)
             os.kill(learner.pid, signal.SIGKILL)

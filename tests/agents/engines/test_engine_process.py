@@ -106,7 +106,7 @@ async def test_a_killed_engine_fails_all_callers_at_once_and_leaves_nothing(
                 pass
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
-        assert time.monotonic() - killed < 10  # none waits for its own deadline
+        assert time.monotonic() - killed < 2
         for call in calls:
             assert isinstance(call.result(), WorkerError)
             assert f"{name} engine was killed by SIGKILL" in str(call.result())

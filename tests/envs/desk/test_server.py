@@ -180,8 +180,8 @@ async def test_a_token_opens_only_its_own_episode() -> None:
     tables = {"customers": [{"id": 17, "name": "ana ruiz"}]}
     server = await DeskServer.start()
     try:
-        mine = await server.open_session(tables, timeout_s=30)
-        yours = await server.open_session({}, timeout_s=30)
+        mine = await server.open_session(tables, timeout_s=5)
+        yours = await server.open_session({}, timeout_s=5)
         assert await mine.request("GET", "/customers", query={"name": "Ana Ruiz"}) == [{"id": 17, "name": "ana ruiz"}]
         with pytest.raises(ToolError, match="no customer ana ruiz"):
             await yours.request("GET", "/customers", query={"name": "ana ruiz"})
@@ -209,7 +209,7 @@ async def test_rows_that_break_the_schema_are_our_fault() -> None:
     server = await DeskServer.start()
     try:
         with pytest.raises(SandboxError, match="500"):
-            await server.open_session({"customers": [{"id": "x", "name": None}]}, timeout_s=30)
+            await server.open_session({"customers": [{"id": "x", "name": None}]}, timeout_s=5)
     finally:
         await server.aclose()
 
@@ -223,7 +223,7 @@ async def test_bytes_that_are_no_http_do_not_end_the_server(request_line: bytes)
         await writer.drain()
         writer.close()
         await writer.wait_closed()
-        session = await server.open_session({}, timeout_s=30)
+        session = await server.open_session({}, timeout_s=5)
         assert await session.close() == {"customers": [], "tickets": [], "orders": []}
     finally:
         await server.aclose()
