@@ -10,30 +10,42 @@ from typing import TypeAlias
 
 from palaestra.config import nearest
 from palaestra.errors import ConfigError, PalaestraError, SandboxError
-from palaestra.sandboxes._protocol import SandboxBackend, SandboxSpec
+from palaestra.sandboxes._limits import SandboxSpec
+from palaestra.sandboxes._managed import Admission, ManagedBackend, RawBackend
+from palaestra.sandboxes._protocol import SandboxBackend
 
-BackendFactory: TypeAlias = Callable[[], Awaitable[SandboxBackend]]
+BackendFactory: TypeAlias = Callable[[], Awaitable[RawBackend]]
+
+_UNSAFE = "subprocess"
+_BUILT_IN = {
+    "docker": ("palaestra.sandboxes._docker", "DockerBackend", Admission(max_boxes=64, max_creating=4)),
+    "jail": ("palaestra.sandboxes._jail", "JailBackend", Admission()),
+    "podman": ("palaestra.sandboxes._docker", "PodmanBackend", Admission(max_boxes=64, max_creating=2)),
+    _UNSAFE: ("palaestra.sandboxes._subprocess", "SubprocessBackend", Admission(max_boxes=64)),
+}
 
 
 def _built_in(module: str, name: str) -> BackendFactory:
-    async def make() -> SandboxBackend:
-        backend: SandboxBackend = getattr(importlib.import_module(module), name)()
+    async def make() -> RawBackend:
+        backend: RawBackend = getattr(importlib.import_module(module), name)()
         return backend
 
     return make
 
 
-_factories: dict[str, BackendFactory] = {
-    "docker": _built_in("palaestra.sandboxes._docker", "DockerBackend"),
-    "jail": _built_in("palaestra.sandboxes._jail", "JailBackend"),
+_factories: dict[str, tuple[BackendFactory, Admission]] = {
+    name: (_built_in(module, kind), admission) for name, (module, kind, admission) in _BUILT_IN.items()
 }
 
 
-def register_backend(name: str, factory: BackendFactory) -> None:
-    """Offer a back end under a new name; raises `ConfigError` when the name is taken."""
+def register_backend(name: str, factory: BackendFactory, admission: Admission | None = None) -> None:
+    """Offer a back end under a new name; raises `ConfigError` when the name is taken.
+
+    What the factory makes need only create and close; queue, list of leases and probe are put around it.
+    """
     if name in _factories:
         raise ConfigError(f"there is already a sandbox back end called {name!r}")
-    _factories[name] = factory
+    _factories[name] = factory, admission or Admission()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -41,11 +53,26 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(_factories))
 
 
-async def open_backend(name: str = "jail") -> SandboxBackend:
-    """The back end called `name`, to be closed by the caller; raises `ConfigError` for an unknown name."""
+async def open_backend(
+    name: str = "jail", *, allow_unsafe: bool = False, admission: Admission | None = None, label: str = ""
+) -> SandboxBackend:
+    """The back end called `name`, to be closed by the caller; `label` is what `palaestra sandbox list` shows.
+
+    Raises `ConfigError` for an unknown name, and for the one without isolation unless `allow_unsafe`.
+    """
+    if name.startswith(("http://", "https://")):
+        from palaestra.sandboxes._remote import RemoteBackend
+
+        return ManagedBackend(RemoteBackend(name), admission or Admission(), label)
     if name not in _factories:
         raise ConfigError(f"unknown sandbox back end {name!r}{nearest(name, list(_factories))}")
-    return await _factories[name]()
+    if name == _UNSAFE and not allow_unsafe:
+        raise ConfigError(
+            f"the back end {name!r} isolates nothing: use 'jail' or 'docker', "
+            "or open it with allow_unsafe=True for code that you wrote yourself"
+        )
+    factory, usual = _factories[name]
+    return ManagedBackend(await factory(), admission or usual, label)
 
 
 def check_backend(name: str) -> str | None:
@@ -69,7 +96,7 @@ def check_backend(name: str) -> str | None:
 
 
 async def _prove(name: str) -> None:
-    backend = await open_backend(name)
+    backend = await open_backend(name, allow_unsafe=True)
     try:
         box = await backend.create(SandboxSpec())
         result = await box.run_python("print(6 * 7)")

@@ -1,43 +1,62 @@
-"""The host's end of a box: one framed request and one answer at a time, every one with a deadline.
+"""A box behind a byte channel: what is asked of it, and whose fault it is when it ends.
 
-Invariant: bytes that come out of a box are never trusted. An answer that is not exactly what was asked for,
-or a box that ends while the agent's code runs, is reported as the agent's doing and the box is destroyed.
+Invariants: a box that ends while the agent's code runs is the agent's doing unless the host can tell that it was
+not; one that ends before or between executions never is. Either way it is destroyed and never used again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import signal
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes._protocol import Ended, ExecResult, Limits
+from palaestra.sandboxes._archives import pack_files, unpack_files
+from palaestra.sandboxes._egress import BadFrameError
+from palaestra.sandboxes._limits import SandboxSpec
+from palaestra.sandboxes._protocol import (
+    MAX_TREE_BYTES,
+    MAX_TREE_FILES,
+    Ended,
+    ExecResult,
+    OnOutput,
+    Snapshot,
+    Usage,
+)
+from palaestra.sandboxes._wire import MAX_BODY, BoxIO, NotBegunError, Wire
 
-_FRAME = struct.Struct("!II")
-_MAX_HEADER = 1 << 16
-_MAX_FILE = 64 << 20
+PROXY_PORT = 3128
 _GRACE_S = 15.0  # beyond what the server was given: the machine may be busy
+_TREE_S = 60.0
 _INODES = 16384
+_PLACES = ("/workspace", "/tmp", "/dev/shm")
+_STOPPED = {
+    "wall": Ended.WALL_TIMEOUT,
+    "cpu": Ended.CPU_TIMEOUT,
+    "disk": Ended.DISK,
+    "output": Ended.OUTPUT_LIMIT,
+}
 
 
-class BoxIO(Protocol):
-    """Bytes to and from the server in a box."""
+class Death(NamedTuple):
+    """How a box's first process ended, as far as the host knows."""
 
-    async def read_exactly(self, count: int) -> bytes:
-        """Exactly `count` bytes; raises `EOFError` when the box has ended."""
-
-    def write(self, data: bytes) -> None:
-        """Queue bytes; raises `EOFError` when the box has ended."""
+    status: int | None = None
+    """Its wait status."""
+    is_oom: bool = False
+    """Whether the kernel killed for memory in it."""
+    by_host: str = ""
+    """What on the host ended it, where that is known."""
 
 
 class BoxHost(Protocol):
     """What holds a box on the host."""
+
+    handle: str
+    """How a reaper in another process gets hold of it: see `Lease.handle`."""
 
     def kill(self) -> None:
         """End everything in the box now, without waiting."""
@@ -48,32 +67,38 @@ class BoxHost(Protocol):
     def count_oom_kills(self) -> int:
         """Processes of the box that ran out of memory since the last call, where the host can tell."""
 
+    async def death(self) -> Death:
+        """Why the box ended by itself; waits a little for the host to know."""
 
-class _BadFrameError(Exception):
-    pass
+    def memory(self) -> tuple[int | None, int | None]:
+        """Bytes of memory that the box uses and the most that it did, where the host can tell."""
 
 
-def server_config(limits: Limits, *, memory_per_process: bool, nproc: bool) -> dict[str, Any]:
+def server_config(spec: SandboxSpec, *, memory_per_process: bool, nproc: bool) -> dict[str, Any]:
     """The configuration of the in-box server."""
     return {
-        **limits.model_dump(),
+        **spec.limits.model_dump(),
         "inodes": _INODES,
         "memory_per_process": memory_per_process,
         "nproc": nproc,
+        "proxy_port": PROXY_PORT if spec.allow else 0,
+        "places": _PLACES,
+        "unsafe": False,
     }
 
 
 class Box:
-    """A `Sandbox` behind a byte channel; the same for every back end."""
+    """A `Sandbox` behind a byte channel; the same for every back end on this host."""
 
-    def __init__(self, box_id: str, io: BoxIO, host: BoxHost, limits: Limits) -> None:
+    def __init__(self, box_id: str, io: BoxIO, host: BoxHost, spec: SandboxSpec) -> None:
         self.id = box_id
-        self._io = io
+        self.handle = host.handle
+        self._wire = Wire(io, spec.allow)
         self._host = host
-        self._limits = limits
+        self._limits = spec.limits
         self._lock = asyncio.Lock()
-        self._num_requests = 0
         self._ended = ""
+        self._lease_began_s = asyncio.get_running_loop().time()
         self._released: asyncio.Future[None] | None = None
         self.on_closed: Callable[[Box], object] = lambda _: None
 
@@ -81,8 +106,8 @@ class Box:
         """Wait for the server's first frame; raises `SandboxError` when the box could not be set up."""
         try:
             async with asyncio.timeout(timeout_s):
-                header, _ = await self._receive()
-        except (EOFError, TimeoutError, _BadFrameError) as error:
+                header = await self._wire.receive_first()
+        except (EOFError, TimeoutError, BadFrameError) as error:
             raise SandboxError(f"sandbox {self.id} did not start within {timeout_s:g} s: {error}") from error
         if header.get("ready") is not True:
             raise SandboxError(f"sandbox {self.id} could not be set up: {header.get('fatal')}")
@@ -95,30 +120,80 @@ class Box:
         cwd: str = "/workspace",
         env: Mapping[str, str] | None = None,
         wall_s: float | None = None,
+        on_output: OnOutput | None = None,
     ) -> ExecResult:
         """See `Sandbox.exec`. A program that is not there ends with code 127, as in a shell."""
         if not argv:
             raise ValueError("argv is empty")
         request = {"op": "exec", "argv": list(argv), "cwd": _path(cwd), "env": dict(env or {})}
-        return await self._execute(request, stdin, wall_s)
+        return await self._execute(request, stdin, wall_s, on_output)
 
-    async def run_python(self, code: str, *, stdin: bytes = b"", wall_s: float | None = None) -> ExecResult:
+    async def run_python(
+        self, code: str, *, stdin: bytes = b"", wall_s: float | None = None, on_output: OnOutput | None = None
+    ) -> ExecResult:
         """See `Sandbox.run_python`. `/workspace` is last on `sys.path`; `random` starts from a fixed seed."""
         source = code.encode("utf-8", errors="surrogatepass")
-        return await self._execute({"op": "python", "code_bytes": len(source)}, source + stdin, wall_s)
+        return await self._execute({"op": "python", "code_bytes": len(source)}, source + stdin, wall_s, on_output)
 
-    async def read_file(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        """See `Sandbox.read_file`. A symbolic link is refused, and so is a file larger than `max_bytes`."""
-        if not 0 <= max_bytes <= _MAX_FILE:
-            raise ValueError(f"max_bytes must be within 0..{_MAX_FILE}, not {max_bytes}")
-        _, body = await self._transfer({"op": "read", "path": _path(path), "max_bytes": max_bytes}, b"")
-        return body
+    async def read_file(self, path: str, *, offset: int = 0, max_bytes: int = 1 << 20) -> bytes:
+        """See `Sandbox.read_file`. A symbolic link is refused, and so are more than `max_bytes`."""
+        if not 0 <= max_bytes <= MAX_BODY:
+            raise ValueError(f"max_bytes must be within 0..{MAX_BODY}, not {max_bytes}")
+        if offset < 0:
+            raise ValueError(f"offset must not be negative, as {offset} is")
+        request = {"op": "read", "path": _path(path), "offset": offset, "max_bytes": max_bytes}
+        return (await self._transfer(request, b""))[1]
 
-    async def write_file(self, path: str, data: bytes) -> None:
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """See `Sandbox.write_file`."""
-        if len(data) > _MAX_FILE:
-            raise ValueError(f"{len(data)} bytes are more than the {_MAX_FILE} that one write takes")
-        await self._transfer({"op": "write", "path": _path(path)}, data)
+        if len(data) > MAX_BODY:
+            raise ValueError(f"{len(data)} bytes are more than the {MAX_BODY} that one write takes")
+        await self._transfer({"op": "write", "path": _path(path), "mode": mode}, data)
+
+    async def put_tree(self, files: Mapping[str, bytes] | bytes, path: str = "/workspace") -> None:
+        """See `Sandbox.put_tree`."""
+        archive = files if isinstance(files, bytes) else pack_files(files)
+        await self._unpack(archive, _path(path))
+
+    async def get_tree(
+        self, path: str = "/workspace", *, max_bytes: int = MAX_TREE_BYTES, max_files: int = MAX_TREE_FILES
+    ) -> dict[str, bytes]:
+        """See `Sandbox.get_tree`."""
+        archive = await self._pack(_path(path), max_bytes=max_bytes, max_files=max_files, only_files=True)
+        return unpack_files(archive, path, max_bytes)
+
+    async def snapshot(self) -> Snapshot:
+        """See `Sandbox.snapshot`."""
+        archive = await self._pack(None, max_bytes=MAX_TREE_BYTES, max_files=MAX_TREE_FILES, only_files=False)
+        return Snapshot(archive)
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """See `Sandbox.restore`."""
+        await self._unpack(snapshot.archive, None)
+
+    async def stats(self) -> Usage:
+        """See `Sandbox.stats`."""
+        header, _ = await self._transfer({"op": "stats", "path": ""}, b"")
+        now, peak = self._host.memory()
+        try:
+            return Usage(
+                cpu_s=float(header["cpu_s"]),
+                num_execs=int(header["num_execs"]),
+                workspace_bytes=int(header["workspace_bytes"]),
+                num_files=int(header["num_files"]),
+                memory_bytes=now if now is not None else header.get("memory_bytes"),
+                memory_peak_bytes=peak if peak is not None else header.get("memory_peak_bytes"),
+                age_s=float(header["age_s"]),
+                lifetime_left_s=float(header["lifetime_left_s"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            self._end("it answered nonsense")
+            raise SandboxError(f"sandbox {self.id} answered nonsense to stats") from error
+
+    async def renew(self) -> None:
+        """See `Sandbox.renew`."""
+        await self._transfer({"op": "renew", "path": ""}, b"")
+        self._lease_began_s = asyncio.get_running_loop().time()
 
     async def aclose(self) -> None:
         """See `Sandbox.aclose`."""
@@ -141,73 +216,101 @@ class Box:
         finally:
             self.on_closed(self)
 
-    async def _execute(self, request: dict[str, Any], body: bytes, wall_s: float | None) -> ExecResult:
-        if len(body) > _MAX_FILE:
-            raise ValueError(f"{len(body)} bytes of input are more than the {_MAX_FILE} that one execution takes")
+    async def _execute(
+        self, request: dict[str, Any], body: bytes, wall_s: float | None, on_output: OnOutput | None
+    ) -> ExecResult:
+        if len(body) > MAX_BODY:
+            raise ValueError(f"{len(body)} bytes of input are more than the {MAX_BODY} that one execution takes")
         wall_s = self._limits.wall_s if wall_s is None else min(wall_s, self._limits.wall_s)
-        began = asyncio.get_running_loop().time()
+        began_s = asyncio.get_running_loop().time()
+        on_piece = None
+        if on_output is not None:
+            on_piece = lambda is_stderr, piece: on_output("stderr" if is_stderr else "stdout", piece)  # noqa: E731
         try:
-            header, output = await self._call({**request, "wall_s": wall_s}, body, wall_s)
+            header, output = await self._call({**request, "wall_s": wall_s}, body, wall_s, on_piece)
             return self._result(header, output)
-        except (EOFError, _BadFrameError):
+        except BadFrameError:
+            self._end("the agent's code tampered with its answers")
+            death = Death()
+        except EOFError:
+            death = await self._host.death()
             self._end("destroyed by the agent's code")
-            was_oom = self._host.count_oom_kills() > 0
+            self._raise_if_ours(death)
         return ExecResult(
-            ended=Ended.OOM if was_oom else Ended.SANDBOX_KILLED,
+            ended=Ended.OOM if death.is_oom else Ended.SANDBOX_KILLED,
             exit_code=None,
             signal=None,
             stdout=b"",
             stderr=b"",
             stdout_total=0,
             stderr_total=0,
-            wall_s=asyncio.get_running_loop().time() - began,
+            wall_s=asyncio.get_running_loop().time() - began_s,
         )
 
-    async def _transfer(self, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    def _raise_if_ours(self, death: Death) -> None:
+        """Raise `SandboxError` when nothing inside a box could have ended it."""
+        if self._is_over():
+            raise SandboxError(f"sandbox {self.id} ended: its lifetime of {self._limits.lifetime_s:g} s was over")
+        if death.by_host:
+            raise SandboxError(f"sandbox {self.id} ended: {death.by_host}")
+        was_killed = death.status is not None and os.WIFSIGNALED(death.status)
+        if was_killed and os.WTERMSIG(death.status or 0) == signal.SIGKILL and not death.is_oom:
+            # no signal from inside its namespace kills a first process
+            raise SandboxError(f"sandbox {self.id} was killed from outside")
+
+    def _is_over(self) -> bool:
+        return asyncio.get_running_loop().time() - self._lease_began_s >= self._limits.lifetime_s
+
+    async def _pack(self, path: str | None, *, max_bytes: int, max_files: int, only_files: bool) -> bytes:
+        if not 0 <= max_bytes <= MAX_TREE_BYTES or not 0 <= max_files <= MAX_TREE_FILES:
+            raise ValueError(f"at most {MAX_TREE_BYTES} bytes and {MAX_TREE_FILES} files, not {max_bytes, max_files}")
+        pieces: list[bytes] = []
+        limits = {"max_bytes": max_bytes + 2048 * (max_files + 5), "max_files": max_files, "only_files": only_files}
+        request = {"op": "pack", "path": path, "wall_s": _TREE_S, **limits}
+        await self._transfer(request, b"", lambda is_stderr, piece: None if is_stderr else pieces.append(piece))
+        return b"".join(pieces)
+
+    async def _unpack(self, archive: bytes, path: str | None) -> None:
+        if len(archive) > MAX_BODY:
+            raise ValueError(f"{len(archive)} bytes are more than the {MAX_BODY} that one archive may have")
+        limits = {"max_bytes": MAX_TREE_BYTES, "max_files": 3 * MAX_TREE_FILES}
+        await self._transfer({"op": "unpack", "path": path, "wall_s": _TREE_S, **limits}, archive)
+
+    async def _transfer(
+        self, request: dict[str, Any], body: bytes, on_piece: Callable[[bool, bytes], None] | None = None
+    ) -> tuple[dict[str, Any], bytes]:
         try:
-            header, blob = await self._call(request, body, _GRACE_S)
-        except (EOFError, _BadFrameError) as error:
+            header, blob = await self._call(request, body, request.get("wall_s", 0.0), on_piece)
+        except (EOFError, BadFrameError) as error:
             self._end("it died")
             raise SandboxError(f"sandbox {self.id} died during {request['op']} {request['path']!r}") from error
         if "errno" in header:
-            raise OSError(int(header["errno"]), str(header.get("error")), request["path"])
+            raise OSError(int(header["errno"]), str(header.get("error")), request["path"] or "snapshot")
         return header, blob
 
-    async def _call(self, request: dict[str, Any], body: bytes, work_s: float) -> tuple[dict[str, Any], bytes]:
+    async def _call(
+        self,
+        request: dict[str, Any],
+        body: bytes,
+        work_s: float,
+        on_piece: Callable[[bool, bytes], None] | None = None,
+    ) -> tuple[dict[str, Any], bytes]:
         async with self._lock:
             if self._ended:
                 raise SandboxError(f"sandbox {self.id} is unusable: {self._ended}")
-            self._num_requests += 1
-            number = self._num_requests
             try:
                 async with asyncio.timeout(work_s + _GRACE_S):
-                    self._send({**request, "id": number}, body)
-                    header, blob = await self._receive()
+                    return await self._wire.call(request, body, on_piece)
             except TimeoutError as error:
                 self._end("it stopped answering")
                 raise SandboxError(f"sandbox {self.id} did not answer within {work_s + _GRACE_S:g} s") from error
+            except NotBegunError as error:
+                reason = "its lifetime was over" if self._is_over() else "it died while it was idle"
+                self._end(reason)
+                raise SandboxError(f"sandbox {self.id} did not begin {request['op']}: {reason}") from error
             except asyncio.CancelledError:
                 self._end("a request was cancelled")  # its answer would be taken for the next one's
                 raise
-            if header.get("id") != number:
-                raise _BadFrameError
-            return header, blob
-
-    def _send(self, header: dict[str, Any], body: bytes) -> None:
-        text = json.dumps(header).encode()
-        self._io.write(b"".join((_FRAME.pack(len(text), len(body)), text, body)))
-
-    async def _receive(self) -> tuple[dict[str, Any], bytes]:
-        header_size, body_size = _FRAME.unpack(await self._io.read_exactly(_FRAME.size))
-        if header_size > _MAX_HEADER or body_size > _MAX_FILE:
-            raise _BadFrameError
-        try:
-            header = json.loads(await self._io.read_exactly(header_size))
-        except ValueError as error:
-            raise _BadFrameError from error
-        if not isinstance(header, dict):
-            raise _BadFrameError
-        return header, await self._io.read_exactly(body_size)
 
     def _result(self, header: dict[str, Any], output: bytes) -> ExecResult:
         if "errno" in header:
@@ -216,22 +319,24 @@ class Box:
             raise SandboxError(f"sandbox {self.id}: {header.get('error')}")
         try:
             status, split = int(header["status"]), int(header["stdout_bytes"])
+            out_total, err_total = int(header["stdout_total"]), int(header["stderr_total"])
             oom_kills = int(header["oom_kills"]) + (self._host.count_oom_kills() if status else 0)
-            if not 0 <= split <= len(output) or split > int(header["stdout_total"]):
-                raise _BadFrameError
-            ended = _ended(str(header["stopped"]), status, float(header["cpu_s"]), oom_kills, self._limits)
+            if not 0 <= split <= len(output) or split > out_total or len(output) - split > err_total:
+                raise BadFrameError
             return ExecResult(
-                ended=ended,
+                ended=_ended(str(header["stopped"]), status, oom_kills),
                 exit_code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
                 signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
                 stdout=output[:split],
                 stderr=output[split:],
-                stdout_total=int(header["stdout_total"]),
-                stderr_total=int(header["stderr_total"]),
+                stdout_total=out_total,
+                stderr_total=err_total,
                 wall_s=float(header["wall_s"]),
+                cpu_s=float(header["cpu_s"]),
+                num_survivors=int(header["survivors"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise _BadFrameError from error
+            raise BadFrameError from error
 
     def _end(self, reason: str) -> None:
         if not self._ended:
@@ -239,18 +344,14 @@ class Box:
             self._host.kill()
 
 
-def _ended(stopped: str, status: int, cpu_s: float, oom_kills: int, limits: Limits) -> Ended:
-    if stopped:
-        return Ended.WALL_TIMEOUT if stopped == "wall" else Ended.OUTPUT_LIMIT
+def _ended(stopped: str, status: int, oom_kills: int) -> Ended:
+    if stopped in ("wall", "cpu", "output"):
+        return _STOPPED[stopped]
     if status and oom_kills:
         return Ended.OOM
-    if not os.WIFSIGNALED(status):
-        return Ended.EXIT
-    # The signal alone could be the agent's own. The kernel's limit counts whole ticks and the usage does not, so on
-    # a busy machine the usage is smaller; the hard limit, with SIGKILL, is a second above the soft one.
-    least_s: dict[int, float] = {signal.SIGXCPU: 0.5 * limits.cpu_s, signal.SIGKILL: limits.cpu_s}
-    by_limit = cpu_s >= least_s.get(os.WTERMSIG(status), math.inf)
-    return Ended.CPU_TIMEOUT if by_limit else Ended.SIGNAL
+    if stopped:
+        return _STOPPED[stopped]
+    return Ended.SIGNAL if os.WIFSIGNALED(status) else Ended.EXIT
 
 
 def _path(path: str) -> str:

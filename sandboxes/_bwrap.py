@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._rootfs import PYTHON, Rootfs
@@ -39,6 +39,13 @@ _OPTIONS = (
 )
 
 
+class ForkedBox(NamedTuple):
+    """A new box: the pidfd of its pid 1, and its wait status once it has ended."""
+
+    pidfd: int
+    status: asyncio.Future[int]
+
+
 class ZygoteProcess:
     """The bubblewrap process and its control socket; answers are matched to requests by number."""
 
@@ -49,7 +56,8 @@ class ZygoteProcess:
             raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
         self.is_dead = False
         self._numbers = itertools.count()
-        self._pending: dict[int, asyncio.Future[int]] = {}
+        self._pending: dict[int, asyncio.Future[ForkedBox]] = {}
+        self._living: dict[int, asyncio.Future[int]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[str] | None = None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -85,10 +93,10 @@ class ZygoteProcess:
             reason = await self.aclose() or str(error) or f"no answer within {_START_S:g} s"
             raise ConfigError(f"bubblewrap cannot make a jail here: {reason}; {_REMEDY}") from error
 
-    async def fork_box(self, box_socket: socket.socket, config: dict[str, Any]) -> int:
-        """The pidfd of a new box's pid 1, which talks over `box_socket`; raises `SandboxError`."""
+    async def fork_box(self, box_socket: socket.socket, config: dict[str, Any]) -> ForkedBox:
+        """A new box, whose pid 1 talks over `box_socket`; raises `SandboxError`."""
         number = next(self._numbers)
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ForkedBox] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
         request = json.dumps({"id": number, "config": config}).encode()
         try:
@@ -97,7 +105,7 @@ class ZygoteProcess:
                 return await future
         except BaseException as error:
             if future.done() and not future.cancelled() and future.exception() is None:
-                _discard(future.result())  # it came, but the wait for it was given up in the same turn of the loop
+                discard(future.result().pidfd)  # it came, but the wait for it was given up in the same turn of the loop
             if isinstance(error, OSError):  # TimeoutError is one
                 reason = str(error) or f"no answer within {_FORK_S:g} s"
                 raise SandboxError(f"the jail zygote did not make a box: {reason}") from error
@@ -146,14 +154,21 @@ class ZygoteProcess:
         if "ready" in message:
             self._ready.set_result(None)
             return
+        if "ended" in message:
+            status = self._living.pop(message["ended"], None)
+            if status is not None and not status.done():
+                status.set_result(message["status"])
+            return
         future = self._pending.get(message["id"])
         if future is None or future.done():
             for pidfd in fds:
-                _discard(pidfd)
+                discard(pidfd)
         elif "error" in message:
             future.set_exception(SandboxError(f"the kernel refused a sandbox: {message['error']}; {_REMEDY}"))
         else:
-            future.set_result(fds[0])
+            # the number may be that of a box before it whose end was not told yet
+            status = self._living[message["pid"]] = asyncio.get_running_loop().create_future()
+            future.set_result(ForkedBox(fds[0], status))
 
     def _fail(self, reason: str) -> None:
         self.is_dead = True
@@ -163,6 +178,8 @@ class ZygoteProcess:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(SandboxError(reason))
+        for status in self._living.values():
+            status.cancel()
 
 
 async def readable(fd: int) -> None:
@@ -186,7 +203,8 @@ async def _read_to_end(fd: int) -> bytes:
         data += chunk
 
 
-def _discard(pidfd: int) -> None:
+def discard(pidfd: int) -> None:
+    """Kill the process of a pidfd and close it."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.close(pidfd)

@@ -15,6 +15,8 @@ from pathlib import Path
 _MOUNT = Path("/sys/fs/cgroup")
 _V1 = "memory.limit_in_bytes", "memory.oom_control"
 _V2 = "memory.max", "memory.events"
+_NOW = "memory.usage_in_bytes", "memory.current"
+_PEAK = "memory.max_usage_in_bytes", "memory.peak"
 _GUARD = """
 read _
 for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -44,6 +46,16 @@ class Slot:
         total = self._total()
         fresh, self._seen = total - self._seen, total
         return fresh
+
+    def memory(self) -> tuple[int | None, int | None]:
+        """Bytes in use now, and the most since the slot was taken; None for what this kernel does not tell."""
+        return self._read(_NOW), self._read(_PEAK)
+
+    def _read(self, names: tuple[str, str]) -> int | None:
+        for name in names:
+            with contextlib.suppress(OSError, ValueError):
+                return int((self.folder / name).read_text())
+        return None
 
     def _total(self) -> int:
         try:
@@ -101,6 +113,8 @@ class MemoryCgroups:
         if slot.memory_mb != memory_mb:
             (slot.folder / self._limit_file).write_text(str(memory_mb << 20))
             slot.memory_mb = memory_mb
+        with contextlib.suppress(OSError):  # version 1 only: a slot of version 2 keeps the most of all its boxes
+            (slot.folder / _PEAK[0]).write_text("0")
         slot.count_oom_kills()
         return slot
 

@@ -1,55 +1,51 @@
-"""The Docker back end: a hardened container for each box, its main process our server on the attached stdin.
+"""The container back ends: a hardened container for each box, its main process our server on the attached stdin.
 
-No image is pulled: `palaestra/base:<digest>` is imported from the same tree that the jail uses. Invariant: a
-container lives as long as the host's connection to its stdin, so one whose owner was killed goes by itself.
+Docker and Podman, whose API is the same. Invariant: a container lives as long as the host's connection to its
+stdin, so one whose owner was killed goes by itself.
 
 Covers: host files, processes and network, memory, processes and disk of the container, output floods (no
-Docker log is kept). The server is pid 1 itself, not below an init: it reaps, and pid 1 is out of the agent's reach.
-Does not cover: bugs in the kernel or in Docker; CPU time shared between boxes; a daemon behind TLS.
+log is kept). The server is pid 1 itself, not below an init: it reaps, and pid 1 is out of the agent's reach.
+Does not cover: bugs in the kernel or in the engine; CPU time shared between boxes; locks on files of the image,
+which containers share; a daemon behind TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-import json
 import logging
 import os
 import socket
-import tarfile
-import tempfile
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
-from docker.types import LogConfig, Ulimit
-from requests.exceptions import RequestException
 
 from palaestra.errors import ConfigError, SandboxError
-from palaestra.sandboxes._box import Box, server_config
-from palaestra.sandboxes._protocol import Limits, SandboxSpec
-from palaestra.sandboxes._rootfs import PYTHON, Rootfs, ensure_rootfs
+from palaestra.sandboxes import _containers
+from palaestra.sandboxes._box import Box, Death
+from palaestra.sandboxes._containers import FAILURES, Obituaries
+from palaestra.sandboxes._limits import SandboxSpec
 
 _log = logging.getLogger(__name__)
 
-_REPOSITORY = "palaestra/base"
-_OWNER_LABEL = "palaestra.owner"
-_API_TIMEOUT_S = 60
 _READY_S = 30.0
-_REMOVE_S = 20.0
-_USER = "1000:1000"
-_FAILURES = (DockerException, RequestException, OSError)
+_DEATH_S = 3.0
+_KILLED = 128 + 9
 
 
 class DockerBackend:
     """Makes containers. Belongs to the event loop it is used on; see `SandboxBackend`."""
 
     name = "docker"
+    _remedy = 'start one, set DOCKER_HOST, join the docker group, or use sandbox = "jail"'
+    _urls: Callable[[], list[str]] = staticmethod(_containers.docker_urls)
 
     def __init__(self) -> None:
         self._client: docker.APIClient | None = None
+        self._obituaries: Obituaries | None = None
+        self._deaths: dict[str, asyncio.Future[Death]] = {}
         self._image = ""
         self._lock = asyncio.Lock()
         self._boxes: set[Box] = set()
@@ -58,30 +54,32 @@ class DockerBackend:
         self._closed = False
 
     async def create(self, spec: SandboxSpec) -> Box:
-        """See `SandboxBackend.create`; raises `ConfigError` when there is no usable Docker daemon."""
+        """See `SandboxBackend.create`; raises `ConfigError` when there is no usable daemon."""
         client = await self._connected()
         box_id = f"palaestra-{os.getpid()}-{os.urandom(3).hex()}-{next(self._numbers)}"
-        config = _container(client, self._image, box_id, spec.limits)
+        config = _containers.describe(client, self._image, box_id, spec)
+        death = self._deaths[box_id] = asyncio.get_running_loop().create_future()
         # a future, not a task: the end of the loop cancels tasks, and the thread goes on all the same
-        launch = asyncio.get_running_loop().run_in_executor(None, _launch, client, config)
+        launch = asyncio.get_running_loop().run_in_executor(None, _containers.launch, client, config)
         try:
             sock = await asyncio.shield(launch)
             io = _AttachedIO(*await asyncio.open_connection(sock=sock))
         except BaseException as error:
+            self._deaths.pop(box_id, None)
             undoing = asyncio.create_task(_undo(launch, client, box_id), name=f"undo {box_id}")
             self._undoing.add(undoing)
             undoing.add_done_callback(self._undoing.discard)
             await asyncio.shield(undoing)  # goes on when this wait is cancelled too
-            if isinstance(error, _FAILURES):
-                raise SandboxError(f"Docker did not start a container: {error}") from error
+            if isinstance(error, FAILURES):
+                raise SandboxError(f"{self.name} did not start a container: {error}") from error
             raise
-        box = Box(box_id, io, _ContainerHost(client, box_id, io), spec.limits)
+        box = Box(box_id, io, _ContainerHost(self.name, client, box_id, io, death), spec)
         self._boxes.add(box)
-        box.on_closed = self._boxes.discard
+        box.on_closed = self._forget
         try:
             await box.wait_ready(_READY_S)
             if self._closed:
-                raise SandboxError("the docker back end is closed")
+                raise SandboxError(f"the {self.name} back end is closed")
         except BaseException:
             await box.aclose()
             raise
@@ -90,14 +88,19 @@ class DockerBackend:
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
         self._closed = True
-        async with asyncio.TaskGroup() as group:
-            for box in list(self._boxes):
-                group.create_task(box.aclose())
-        if self._undoing:
-            await asyncio.wait(self._undoing)
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for box in list(self._boxes):
+                    group.create_task(box.aclose())
+            if self._undoing:
+                await asyncio.wait(self._undoing)
+        finally:
+            if self._obituaries is not None:
+                obituaries, self._obituaries = self._obituaries, None
+                await asyncio.to_thread(obituaries.close)
+            if self._client is not None:
+                self._client.close()
+                self._client = None
 
     async def __aenter__(self) -> DockerBackend:
         return self
@@ -105,20 +108,57 @@ class DockerBackend:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def _forget(self, box: Box) -> None:
+        self._boxes.discard(box)
+        self._deaths.pop(box.id, None)
+
     async def _connected(self) -> docker.APIClient:
         async with self._lock:
             if self._closed:
-                raise SandboxError("the docker back end is closed")
+                raise SandboxError(f"the {self.name} back end is closed")
             if self._client is None:
-                client = await asyncio.to_thread(_connect)
-                self._image = await asyncio.to_thread(_ensure_image, client)
-                await asyncio.to_thread(_sweep, client)
-                self._client = client
+                self._client = await self._connect()
             return self._client
+
+    async def _connect(self) -> docker.APIClient:
+        try:
+            client = await asyncio.to_thread(_containers.connect, self._urls())
+        except ConfigError as error:
+            raise ConfigError(f"no {self.name} daemon answers ({error}); {self._remedy}") from error
+        try:
+            self._image = await asyncio.to_thread(_containers.ensure_image, client)
+            await asyncio.to_thread(_containers.sweep, client)
+            loop = asyncio.get_running_loop()
+
+            def told(*death: Any) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended without us
+                    loop.call_soon_threadsafe(self._on_death, *death)
+
+            self._obituaries = await asyncio.to_thread(Obituaries, client, told)
+        except FAILURES as error:
+            client.close()
+            raise SandboxError(f"the {self.name} daemon does not serve: {error}") from error
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def _on_death(self, name: str, code: int, was_oom: bool) -> None:
+        death = self._deaths.pop(name, None)
+        if death is not None and not death.done():
+            death.set_result(Death(9 if code == _KILLED else code << 8, was_oom))
+
+
+class PodmanBackend(DockerBackend):
+    """Makes Podman containers, where its API answers; see `DockerBackend`."""
+
+    name = "podman"
+    _remedy = "run `systemctl start podman.socket` or `podman system service --time=0`, or set CONTAINER_HOST"
+    _urls = staticmethod(_containers.podman_urls)
 
 
 class _AttachedIO:
-    """`BoxIO` over Docker's attach stream, whose output comes in chunks with an eight-byte header."""
+    """`BoxIO` over the attach stream, whose output comes in chunks with an eight-byte header."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -148,115 +188,32 @@ class _AttachedIO:
 class _ContainerHost:
     """The host's hold on one container."""
 
-    def __init__(self, client: docker.APIClient, name: str, io: _AttachedIO) -> None:
+    def __init__(
+        self, engine: str, client: docker.APIClient, name: str, io: _AttachedIO, death: asyncio.Future[Death]
+    ) -> None:
+        self.handle = f"container {engine}"
         self._client = client
         self._name = name
         self._io = io
+        self._death = death
 
     def kill(self) -> None:
         self._io.close()  # the server ends when its stdin does, and the daemon removes the container
 
     async def release(self) -> None:
-        await asyncio.to_thread(_remove, self._client, self._name)
+        await asyncio.to_thread(_containers.remove, self._client, self._name)
 
     def count_oom_kills(self) -> int:
         return 0  # the server reads the container's own counter
 
+    async def death(self) -> Death:
+        await asyncio.wait([self._death], timeout=_DEATH_S)
+        if self._death.done():
+            return self._death.result()
+        return Death(by_host="its daemon does not tell how")
 
-def _connect() -> docker.APIClient:
-    try:
-        _try_socket(os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock")
-        client = docker.APIClient(**docker.utils.kwargs_from_env(), timeout=_API_TIMEOUT_S)
-        client.ping()
-    except _FAILURES as error:
-        raise ConfigError(
-            f"no Docker daemon answers ({error}); start one, set DOCKER_HOST, join the docker group, "
-            'or use sandbox = "jail"'
-        ) from error
-    return client
-
-
-def _try_socket(url: str) -> None:
-    """Raise the plain `OSError` of a unix socket that is not there, which the docker package would wrap and leak."""
-    if url.startswith("unix://"):
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_API_TIMEOUT_S)
-            sock.connect("/" + url.removeprefix("unix://").lstrip("/"))
-
-
-def _ensure_image(client: docker.APIClient) -> str:
-    rootfs = ensure_rootfs()
-    image = f"{_REPOSITORY}:{rootfs.digest}"
-    try:
-        client.inspect_image(image)
-    except ImageNotFound:
-        _import_image(client, rootfs)
-    return image
-
-
-def _import_image(client: docker.APIClient, rootfs: Rootfs) -> None:
-    def as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.uid = entry.gid = 0
-        entry.uname = entry.gname = "root"
-        if entry.name == "./tmp":
-            entry.mode = 0o1777  # Docker gives a tmpfs the mode of the folder below it
-        return entry
-
-    with tempfile.NamedTemporaryFile() as file:
-        with tarfile.open(fileobj=file, mode="w") as archive:
-            archive.add(rootfs.path, arcname=".", filter=as_root)
-        file.flush()
-        try:
-            client.import_image_from_file(file.name, repository=_REPOSITORY, tag=rootfs.digest)
-        except _FAILURES as error:
-            raise SandboxError(f"Docker did not import the sandbox image: {error}") from error
-
-
-def _container(client: docker.APIClient, image: str, name: str, limits: Limits) -> dict[str, Any]:
-    config = server_config(limits, memory_per_process=False, nproc=False)
-    tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m,nr_inodes={config['inodes']}"
-    memory = limits.memory_mb << 20
-    return {
-        "name": name,
-        "image": image,
-        "command": [PYTHON, "-s", "-P", "-S", "-m", "palaestra.sandboxes._exec_server", json.dumps(config)],
-        "user": _USER,
-        "hostname": "sandbox",
-        "working_dir": "/workspace",
-        "environment": {"PYTHONPATH": "/palaestra", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
-        "stdin_open": True,  # without detach this also sets StdinOnce
-        "labels": {_OWNER_LABEL: _owner(os.getpid())},
-        "host_config": client.create_host_config(
-            auto_remove=True,
-            read_only=True,
-            network_mode="none",
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
-            log_config=LogConfig(type="none"),
-            pids_limit=limits.processes + 1,  # the server counts too
-            mem_limit=memory,
-            memswap_limit=memory,
-            shm_size=limits.workspace_mb << 20,
-            ulimits=[Ulimit(name="core", soft=0, hard=0)],
-            tmpfs={"/workspace": f"{tmpfs},mode=0755,uid=1000,gid=1000", "/tmp": f"{tmpfs},mode=1777"},
-        ),
-    }
-
-
-def _launch(client: docker.APIClient, config: dict[str, Any]) -> socket.socket:
-    """Create, attach and start a container; our end of its stdin and stdout."""
-    client.create_container(**config)
-    params = {"stdin": 1, "stdout": 1, "stderr": 0, "stream": 1}
-    attached = client.attach_socket(config["name"], params=params)
-    # the response owns the connection; without its descriptor it closes cleanly and leaves ours open
-    sock = socket.socket(fileno=attached._sock.detach())
-    attached._response.close()
-    try:
-        client.start(config["name"])
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    def memory(self) -> tuple[int | None, int | None]:
+        return None, None  # the server reads the container's own
 
 
 async def _undo(launch: asyncio.Future[socket.socket], client: docker.APIClient, name: str) -> None:
@@ -265,48 +222,6 @@ async def _undo(launch: asyncio.Future[socket.socket], client: docker.APIClient,
     if launch.exception() is None:
         launch.result().close()
     try:
-        await asyncio.to_thread(_remove, client, name)
-    except (SandboxError, *_FAILURES) as error:  # what went wrong before is the caller's to hear
+        await asyncio.to_thread(_containers.remove, client, name)
+    except (SandboxError, *FAILURES) as error:  # what went wrong before is the caller's to hear
         _log.warning("%s", error)
-
-
-def _remove(client: docker.APIClient, name: str) -> None:
-    """Remove a container and wait until it is gone; it may be going already, or never have been."""
-    deadline = time.monotonic() + _REMOVE_S
-    while time.monotonic() < deadline:
-        try:
-            client.remove_container(name, force=True, v=True)
-        except NotFound:
-            # the name goes before the container does
-            if not client.containers(all=True, quiet=True, filters={"name": f"^/{name}$"}):
-                return
-            time.sleep(0.01)
-        except APIError as error:
-            if error.status_code != 409:  # 409: its automatic removal is under way
-                raise SandboxError(f"Docker does not remove container {name}: {error}") from error
-            time.sleep(0.01)
-        except _FAILURES as error:
-            raise SandboxError(f"Docker does not remove container {name}: {error}") from error
-    raise SandboxError(f"container {name} is still there after {_REMOVE_S:g} s")
-
-
-def _sweep(client: docker.APIClient) -> None:
-    """Remove containers of dead owners: one killed between create and start leaves an unstarted container."""
-    for container in client.containers(all=True, filters={"label": _OWNER_LABEL}):
-        owner = container["Labels"][_OWNER_LABEL]
-        boot_id, pid, _ = owner.split(":")
-        if boot_id == _boot_id() and _owner(int(pid)) != owner:
-            _remove(client, container["Id"])
-
-
-def _owner(pid: int) -> str:
-    """Boot, pid and start time of a process: pids alone come again."""
-    try:
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        start = "dead"
-    return f"{_boot_id()}:{pid}:{start}"
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

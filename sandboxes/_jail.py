@@ -17,14 +17,17 @@ import socket
 from pathlib import Path
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes._box import Box, server_config
-from palaestra.sandboxes._bwrap import ZygoteProcess, readable
+from palaestra.sandboxes._box import Box, Death, server_config
+from palaestra.sandboxes._bwrap import ForkedBox, ZygoteProcess, discard, readable
 from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
-from palaestra.sandboxes._protocol import SandboxSpec
+from palaestra.sandboxes._limits import SandboxSpec
+from palaestra.sandboxes._records import process_handle
 from palaestra.sandboxes._rootfs import ensure_rootfs
+from palaestra.sandboxes._wire import StreamIO
 
 _READY_S = 20.0
 _CLOSE_S = 10.0
+_DEATH_S = 2.0
 
 
 class JailBackend:
@@ -44,19 +47,24 @@ class JailBackend:
     async def create(self, spec: SandboxSpec) -> Box:
         """See `SandboxBackend.create`; raises `ConfigError` when this machine cannot make jails."""
         zygote = await self._running_zygote()
-        config = server_config(spec.limits, memory_per_process=self._cgroups is None, nproc=True)
+        config = server_config(spec, memory_per_process=self._cgroups is None, nproc=True)
         box_id = f"jail-{os.getpid()}-{next(self._numbers)}"
         ours, theirs = socket.socketpair()
         with theirs:
-            io = _StreamIO(*await asyncio.open_connection(sock=ours))  # closes the socket when it is cancelled
+            io = StreamIO(*await asyncio.open_connection(sock=ours))  # closes the socket when it is cancelled
             try:
-                pidfd = await zygote.fork_box(theirs, config)
+                forked = await zygote.fork_box(theirs, config)
             except BaseException:
                 io.close()  # a box that was forked all the same ends with its socket
                 raise
         # no await since the fork, and from here on the box closes what it holds, whatever happens
-        host = _JailHost(pidfd, io, self._cgroups)
-        box = Box(box_id, io, host, spec.limits)
+        try:
+            host = _JailHost(zygote, forked, io, self._cgroups)
+        except OSError as error:
+            io.close()
+            discard(forked.pidfd)
+            raise SandboxError(f"sandbox {box_id} ended before it began: {error}") from error
+        box = Box(box_id, io, host, spec)
         self._boxes.add(box)
         box.on_closed = self._boxes.discard
         try:
@@ -117,33 +125,14 @@ class JailBackend:
             self._zygote = None
 
 
-class _StreamIO:
-    """`BoxIO` over a socket."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    async def read_exactly(self, count: int) -> bytes:
-        try:
-            return await self._reader.readexactly(count)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EOFError("the sandbox ended") from error
-
-    def write(self, data: bytes) -> None:
-        if self._writer.is_closing():
-            raise EOFError("the sandbox ended")
-        self._writer.write(data)
-
-    def close(self) -> None:
-        self._writer.transport.abort()
-
-
 class _JailHost:
     """The host's hold on one box: the pidfd of its pid 1, its socket and its memory cgroup."""
 
-    def __init__(self, pidfd: int, io: _StreamIO, cgroups: MemoryCgroups | None) -> None:
-        self._pidfd = pidfd
+    def __init__(self, zygote: ZygoteProcess, forked: ForkedBox, io: StreamIO, cgroups: MemoryCgroups | None) -> None:
+        self.handle = process_handle(pid_of(forked.pidfd))
+        self._zygote = zygote
+        self._pidfd = forked.pidfd
+        self._status = forked.status
         self._io = io
         self._cgroups = cgroups
         self._slot: Slot | None = None
@@ -152,7 +141,7 @@ class _JailHost:
         """Put the box under the memory limit; raises `OSError`. Without cgroups the server limits each process."""
         if self._cgroups is not None:
             self._slot = self._cgroups.take(memory_mb)
-            self._slot.enter(_pid_of(self._pidfd))
+            self._slot.enter(pid_of(self._pidfd))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -174,8 +163,17 @@ class _JailHost:
     def count_oom_kills(self) -> int:
         return self._slot.count_oom_kills() if self._slot is not None else 0
 
+    async def death(self) -> Death:
+        await asyncio.wait([self._status], timeout=_DEATH_S)
+        status = self._status.result() if self._status.done() and not self._status.cancelled() else None
+        return Death(status, self.count_oom_kills() > 0, "its zygote ended" if self._zygote.is_dead else "")
 
-def _pid_of(pidfd: int) -> int:
+    def memory(self) -> tuple[int | None, int | None]:
+        return self._slot.memory() if self._slot is not None else (None, None)
+
+
+def pid_of(pidfd: int) -> int:
+    """The process id behind a pidfd; raises `OSError`."""
     for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
         if line.startswith("Pid:"):
             return int(line.split()[1])

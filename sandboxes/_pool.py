@@ -9,10 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
 from palaestra.errors import ConfigError, PalaestraError, SandboxError, leaves
-from palaestra.sandboxes._protocol import Sandbox, SandboxBackend, SandboxSpec
+from palaestra.sandboxes._limits import SandboxSpec
+from palaestra.sandboxes._protocol import Sandbox
+
+_TRIES = 5
+
+
+class Maker(Protocol):
+    """What the pool needs of a back end."""
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """See `SandboxBackend.create`."""
 
 
 class SandboxPool:
@@ -22,7 +33,7 @@ class SandboxPool:
     """
 
     def __init__(
-        self, backend: SandboxBackend, spec: SandboxSpec, size: int, *, max_creating: int = 2, wait_s: float = 60.0
+        self, backend: Maker, spec: SandboxSpec, size: int, *, max_creating: int = 2, wait_s: float = 60.0
     ) -> None:
         if size < 1 or max_creating < 1:
             raise ValueError(f"size and max_creating must be at least 1, not {size} and {max_creating}")
@@ -50,7 +61,7 @@ class SandboxPool:
         Raises `SandboxError` when making one failed or took too long, `ConfigError` when this machine cannot
         make any, and an error that no back end should raise as it is.
         """
-        box = await self._take()
+        box = await self._take_alive()
         try:
             yield box
         finally:
@@ -70,6 +81,23 @@ class SandboxPool:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    async def _take_alive(self) -> Sandbox:
+        """A box whose lifetime begins now; one that ended while it waited is replaced."""
+        for _ in range(_TRIES):
+            box = await self._take()
+            try:
+                await box.renew()
+            except SandboxError as error:
+                last = error
+                with suppress(SandboxError):
+                    await box.aclose()
+            except BaseException:
+                await box.aclose()
+                raise
+            else:
+                return box
+        raise SandboxError(f"{_TRIES} sandboxes in a row ended before they were used: {last}") from last
 
     async def _take(self) -> Sandbox:
         if self._closed:

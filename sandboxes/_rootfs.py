@@ -25,9 +25,11 @@ from palaestra.errors import ConfigError
 from palaestra.sandboxes._seccomp import filter_program
 
 PYTHON = "/usr/bin/python3"
-_FORMAT = "4"
+_FORMAT = "5"
 _HERE = Path(__file__).resolve().parent
-_SERVER_FILES = ("_exec_server.py", "_warm_python.py", "_zygote.py")
+_SERVER_FILES = tuple(
+    f"_{name}.py" for name in ("channel", "exec_server", "execution", "relay", "trees", "warm_python", "zygote")
+)
 _MOUNT_POINTS = ("proc", "dev", "sys", "tmp", "workspace", "run")
 _PROGRAMS = """
     bash sh [ arch awk base32 base64 basename cat chmod chown cksum cmp comm cp csplit cut date dd df diff dir dirname

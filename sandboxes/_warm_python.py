@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 _CODE_NAME = "<code>"
+_SERVER_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PRELOADED = (
     "abc", "argparse", "ast", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal",
     "enum", "fractions", "functools", "heapq", "io", "itertools", "json", "math", "operator", "pathlib", "random",
@@ -49,9 +50,9 @@ def preload() -> None:
     gc.freeze()
 
 
-def run_source(source: str) -> NoReturn:
+def run_source(source: str, environment: dict[str, str], workspace: str) -> NoReturn:
     """Run Python source as `__main__` in this process, then end it as the interpreter would."""
-    _forget_server()
+    _forget_server(environment, workspace)
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
@@ -69,13 +70,13 @@ def run_source(source: str) -> NoReturn:
     os._exit(code)
 
 
-def _forget_server() -> None:
+def _forget_server(environment: dict[str, str], workspace: str) -> None:
     """Make the fork look like a fresh interpreter: environment, streams, path, random state."""
     os.environ.clear()
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment)
     sys.argv = ["-c"]
     # last on the path: a /workspace/json.py must not replace the standard library's
-    sys.path[:] = [entry for entry in sys.path if not entry.startswith("/palaestra")] + ["/workspace"]
+    sys.path[:] = [entry for entry in sys.path if entry != _SERVER_ROOT] + [workspace]
     for name in [name for name in sys.modules if name.split(".")[0] == "palaestra"]:
         del sys.modules[name]
     _open_streams()

@@ -6,7 +6,8 @@ Each box is a fork of it with its own user, mount, pid, network, ipc, uts and cg
 live below its pid namespace.
 
 Standard library only. Protocol, on a SEQPACKET socket: the host sends a JSON request with the box's socket
-attached; the answer is `{"id": n}` with a pidfd of the box's pid 1 attached, or `{"id": n, "error": text}`.
+attached; the answer is `{"id": n, "pid": p}` with a pidfd of the box's pid 1 attached, or `{"id": n, "error": text}`.
+When a box ends the host is told `{"ended": p, "status": s}` with the wait status of its pid 1.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import ctypes
 import fcntl
 import json
 import os
-import signal
+import select
 import socket
 import struct
 import sys
 from typing import Any, NoReturn
 
 from palaestra.sandboxes import _exec_server
-from palaestra.sandboxes._exec_server import check, libc
+from palaestra.sandboxes._channel import Channel
+from palaestra.sandboxes._execution import check, child_deaths, forget_child_deaths, libc
 from palaestra.sandboxes._warm_python import preload
 
 _CLONE_NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
@@ -39,20 +41,46 @@ def main(control_fd: int) -> None:
         sys.exit("the zygote must be pid 1 of its own namespace")
     control = socket.socket(fileno=control_fd)
     preload()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    deaths = child_deaths()
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(deaths, select.POLLIN)
+    makers: set[int] = set()
     control.send(b'{"ready": true}')
     while True:
-        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
-        if not data:
+        for fd, _ in poll.poll():
+            if fd == deaths:
+                os.read(deaths, 1 << 12)
+                _reap(control, makers)
+                continue
+            data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+            if not data:
+                return
+            pid = os.fork()
+            if pid == 0:
+                _make_box(control, fds[0], json.loads(data))
+            makers.add(pid)
+            os.close(fds[0])
+
+
+def _reap(control: socket.socket, makers: set[int]) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
             return
-        if os.fork() == 0:
-            _make_box(control, fds[0], json.loads(data))
-        os.close(fds[0])
+        if not pid:
+            return
+        if pid in makers:
+            makers.discard(pid)
+        else:
+            control.send(json.dumps({"ended": pid, "status": status}).encode())
 
 
 def _make_box(control: socket.socket, box_fd: int, request: dict[str, Any]) -> NoReturn:
     """In a child: make the namespaces, fork the box's pid 1 into them, hand its pidfd to the host, end."""
     try:
+        forget_child_deaths()
         check(libc.unshare(_CLONE_NEW), "unshare")
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{_AGENT} {_AGENT} 1")
@@ -60,7 +88,7 @@ def _make_box(control: socket.socket, box_fd: int, request: dict[str, Any]) -> N
         pid = os.fork()
         if pid == 0:
             _inhabit(control, box_fd, request["config"])
-        socket.send_fds(control, [json.dumps({"id": request["id"]}).encode()], [os.pidfd_open(pid)])
+        socket.send_fds(control, [json.dumps({"id": request["id"], "pid": pid}).encode()], [os.pidfd_open(pid)])
         os._exit(0)
     except OSError as error:
         control.send(json.dumps({"id": request["id"], "error": str(error)}).encode())
@@ -70,11 +98,10 @@ def _make_box(control: socket.socket, box_fd: int, request: dict[str, Any]) -> N
 def _inhabit(control: socket.socket, box_fd: int, config: dict[str, Any]) -> NoReturn:
     """As pid 1 of the box: mount what is its own, give up every privilege, serve."""
     control.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    channel = _exec_server.Channel(box_fd, box_fd)
+    channel = Channel(box_fd, box_fd)
     try:
         _mount_all(config)
         check(libc.sethostname(b"sandbox", 7), "sethostname")

@@ -148,6 +148,8 @@ def _explain(result: ExecResult) -> str:
             return "the time limit was reached"
         case Ended.OOM:
             return "the memory limit was reached"
+        case Ended.DISK:
+            return "the disk limit was reached"
         case Ended.OUTPUT_LIMIT:
             return "the output limit was reached"
         case Ended.SANDBOX_KILLED:

@@ -54,13 +54,13 @@ class Workspace:
 
     async def grade(self, source: str, tests: Tests, *, wall_s: float) -> Grade:
         """Run `source` on the calls of `tests`, within `wall_s` seconds."""
-        result = await grade(await self._take_alive(), source, tests, wall_s=wall_s)
+        result = await grade(await self._take(), source, tests, wall_s=wall_s)
         await self._replace_if_destroyed(result.ended)
         return result
 
     async def shell(self, command: str, *, wall_s: float) -> ExecResult:
         """Run a shell command in /workspace, within `wall_s` seconds."""
-        box = await self._take_alive()
+        box = await self._take()
         result = await box.exec(["/bin/sh", "-c", command], wall_s=wall_s)
         await self._replace_if_destroyed(result.ended)
         return result
@@ -90,13 +90,6 @@ class Workspace:
                     await box.write_file(_in_workspace(path), content.encode(errors="replace"))
             self._box = box
         return self._box
-
-    async def _take_alive(self) -> Sandbox:
-        """The box, seen to answer: if it dies from here on, the agent's code did it. Raises `SandboxError`."""
-        box = await self._take()
-        with suppress(OSError):
-            await box.read_file("/")  # a folder, so refused at once
-        return box
 
     async def _open(self) -> _Boxes:
         return _Boxes(await open_backend(self._backend_name), self._num_ready)

@@ -29,7 +29,7 @@ async def test_a_new_backend_is_one_registration(monkeypatch: pytest.MonkeyPatch
         raise ConfigError("told by the factory")
 
     register_backend("mine", factory)
-    assert backend_names() == ("docker", "jail", "mine")
+    assert backend_names() == ("docker", "jail", "mine", "podman", "subprocess")
     assert check_backend("mine") == "told by the factory"
     with pytest.raises(ConfigError, match="already"):
         register_backend("jail", factory)

@@ -8,22 +8,25 @@ import struct
 import pytest
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes import Ended, Limits
-from palaestra.sandboxes._box import Box
+from palaestra.sandboxes import Ended, SandboxSpec
+from palaestra.sandboxes._box import Box, Death
 
 _HONEST = {
     "id": 1, "stopped": "", "status": 0, "cpu_s": 0.0, "oom_kills": 0, "wall_s": 0.1, "stdout_total": 2,
-    "stderr_total": 1, "stdout_bytes": 2,
+    "stderr_total": 1, "stdout_bytes": 2, "survivors": 0,
 }  # fmt: skip
 
 
 class Recording:
     """A box whose answer was recorded beforehand."""
 
+    handle = ""
+
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
         self.num_kills = 0
         self.oom_kills = 0
+        self.died = Death()
 
     async def read_exactly(self, count: int) -> bytes:
         if len(self.answer) < count:
@@ -43,6 +46,12 @@ class Recording:
     def count_oom_kills(self) -> int:
         return self.oom_kills
 
+    async def death(self) -> Death:
+        return self.died
+
+    def memory(self) -> tuple[int | None, int | None]:
+        return None, None
+
 
 def _frame(header: object, body: bytes = b"") -> bytes:
     text = json.dumps(header).encode()
@@ -50,7 +59,7 @@ def _frame(header: object, body: bytes = b"") -> bytes:
 
 
 def _box(recording: Recording) -> Box:
-    return Box("test", recording, recording, Limits())
+    return Box("test", recording, recording, SandboxSpec())
 
 
 async def test_an_honest_answer_becomes_a_result() -> None:
@@ -58,10 +67,13 @@ async def test_an_honest_answer_becomes_a_result() -> None:
     assert (result.ended, result.exit_code, result.stdout, result.stderr) == (Ended.EXIT, 0, b"ab", b"c")
 
 
+_BEGAN = _frame({"id": 1, "began": True})
+
+
+@pytest.mark.parametrize("began", [b"", _BEGAN])
 @pytest.mark.parametrize(
     "answer",
     [
-        b"",
         b"garbage that is no frame at all",
         struct.pack("!II", 1 << 31, 0),
         struct.pack("!II", 2, 1 << 31) + b"{}",
@@ -75,11 +87,12 @@ async def test_an_honest_answer_becomes_a_result() -> None:
         _frame({**_HONEST, "stdout_bytes": 4}, b"abc"),
         _frame({**_HONEST, "stdout_bytes": -1}, b"abc"),
         _frame({**_HONEST, "stdout_total": 1}, b"abc"),
-        _frame(_HONEST, b"abc")[:-1],
+        _frame({"id": 1, "stream": 0}, b"unasked") + _frame(_HONEST, b"abc"),
+        _frame({"id": 1, "net": 1, "do": "open"}) + _frame(_HONEST, b"abc"),
     ],
 )
-async def test_a_malformed_answer_is_the_agents_doing_and_ends_the_box(answer: bytes) -> None:
-    recording = Recording(answer)
+async def test_a_malformed_answer_is_the_agents_doing_and_ends_the_box(began: bytes, answer: bytes) -> None:
+    recording = Recording(began + answer)
     box = _box(recording)
     result = await box.exec(["x"])
     assert (result.ended, result.exit_code, result.stdout) == (Ended.SANDBOX_KILLED, None, b"")
@@ -88,15 +101,31 @@ async def test_a_malformed_answer_is_the_agents_doing_and_ends_the_box(answer: b
         await box.exec(["x"])
 
 
-async def test_a_server_lost_to_memory_is_an_oom() -> None:
+@pytest.mark.parametrize("answer", [_BEGAN, _BEGAN + _frame(_HONEST, b"abc")[:-1]])
+async def test_a_box_that_ends_while_it_runs_is_the_agents_doing_unless_the_host_knows_better(answer: bytes) -> None:
+    for death, ended in ((Death(256), Ended.SANDBOX_KILLED), (Death(9, is_oom=True), Ended.OOM)):
+        recording = Recording(answer)
+        recording.died = death
+        assert (await _box(recording).exec(["x"])).ended is ended
+    for death, reason in ((Death(9), "killed from outside"), (Death(by_host="its zygote ended"), "its zygote ended")):
+        recording = Recording(answer)
+        recording.died = death
+        with pytest.raises(SandboxError, match=reason):
+            await _box(recording).exec(["x"])
+
+
+async def test_a_box_that_ended_before_it_began_is_our_failure() -> None:
     recording = Recording(b"")
-    recording.oom_kills = 1
-    assert (await _box(recording).exec(["x"])).ended is Ended.OOM
+    recording.died = Death(256)
+    with pytest.raises(SandboxError, match="died while it was idle"):
+        await _box(recording).exec(["x"])
+    assert recording.num_kills == 1
 
 
 async def test_a_box_that_dies_without_agent_code_is_our_failure() -> None:
-    with pytest.raises(SandboxError, match="died"):
-        await _box(Recording(b"")).read_file("/x")
+    for answer in (b"", b"gar", _frame({"id": 7})):
+        with pytest.raises(SandboxError, match="died"):
+            await _box(Recording(answer)).read_file("/x")
     with pytest.raises(SandboxError, match="did not start"):
         await _box(Recording(b"")).wait_ready(1.0)
 

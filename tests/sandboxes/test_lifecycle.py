@@ -117,8 +117,8 @@ async def test_creation_cancelled_in_the_turn_of_an_answer_leaks_nothing(
         discarded_by.append(sys._getframe(1).f_code.co_name)
         original(pidfd)
 
-    original = _bwrap._discard
-    monkeypatch.setattr(_bwrap, "_discard", discard)
+    original = _bwrap.discard
+    monkeypatch.setattr(_bwrap, "discard", discard)
     await (await backend.create(SandboxSpec())).aclose()  # warm up
     descriptors = len(os.listdir("/proc/self/fd"))
     loop = asyncio.get_running_loop()

@@ -1,0 +1,93 @@
+"""Framed requests and answers over two file descriptors, from inside a box.
+
+Standard library only; runs inside. Invariant: when the host's end closes, or the box's lifetime is over, this
+process ends at once, and with it, as it is pid 1, the box.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import struct
+import time
+from typing import Any
+
+FRAME = struct.Struct("!II")
+_MAX_BODY = 1 << 27
+_CHUNK = 1 << 20
+_NO_WAIT = 0
+
+
+class Channel:
+    """One end of the connection to the host. The body of a frame is read by whoever needs it, with `read`."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd = read_fd
+        self._write_fd = write_fd
+        self._unread = 0
+        self.deadline = math.inf
+        """When the box's lifetime is over, on the monotonic clock."""
+
+    def receive(self) -> dict[str, Any]:
+        """The header of the next frame, whenever it comes; what was not read of the last frame is skipped."""
+        while self._unread:
+            self.read(min(self._unread, _CHUNK))
+        self._wait()
+        header_size, body_size = FRAME.unpack(self._exactly(FRAME.size))
+        if header_size + body_size > _MAX_BODY:
+            os._exit(1)
+        header: dict[str, Any] = json.loads(self._exactly(header_size))
+        self._unread = body_size
+        return header
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the frame's body that nobody has read yet."""
+        return self._unread
+
+    def read(self, count: int | None = None) -> bytes:
+        """The next `count` bytes of the frame's body, or the rest of it."""
+        count = self._unread if count is None else min(count, self._unread)
+        self._unread -= count
+        return self._exactly(count)
+
+    def copy_to(self, fd: int) -> None:
+        """Write the rest of the frame's body to a file, without holding it."""
+        while self._unread:
+            view = memoryview(self.read(_CHUNK))
+            while view:
+                view = view[os.write(fd, view) :]
+
+    def send(self, header: dict[str, Any], body: bytes = b"") -> None:
+        """Write one frame."""
+        text = json.dumps(header).encode()
+        view = memoryview(b"".join((FRAME.pack(len(text), len(body)), text, body)))
+        try:
+            while view:
+                view = view[os.write(self._write_fd, view) :]
+        except OSError:
+            os._exit(0)
+
+    def _wait(self) -> None:
+        if self.deadline == math.inf:
+            return
+        poll = select.poll()
+        poll.register(self.read_fd, select.POLLIN)
+        while not poll.poll(max(_NO_WAIT, math.ceil(1000 * (self.deadline - time.monotonic())))):
+            if time.monotonic() >= self.deadline:
+                os._exit(0)
+
+    def _exactly(self, count: int) -> bytes:
+        chunks = []
+        while count:
+            try:
+                chunk = os.read(self.read_fd, min(count, _CHUNK))
+            except OSError:
+                chunk = b""
+            if not chunk:
+                os._exit(0)
+            chunks.append(chunk)
+            count -= len(chunk)
+        return b"".join(chunks)

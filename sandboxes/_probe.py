@@ -1,0 +1,307 @@
+"""Which capabilities a back end really has on this machine: each one is tried, from inside, in boxes of its own.
+
+Invariant: a capability is claimed only when an attempt to break it ran and failed; an attempt that could not run
+proves nothing. The back end without isolation has none of the containing ones by the same attempts, which is
+what shows that they can succeed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from palaestra.errors import PalaestraError, SandboxError
+from palaestra.sandboxes._limits import Capability, Limits, SandboxSpec
+from palaestra.sandboxes._protocol import ExecResult, Sandbox
+
+_PROCESSES = 12
+_SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=_PROCESSES, wall_s=20.0))
+
+_REACH = """
+import ctypes, json, os, socket, sys
+host = json.loads(sys.stdin.read())
+libc = ctypes.CDLL(None, use_errno=True)
+reached = {}
+def attempt(name, action):
+    try:
+        done = action()
+    except OSError:
+        done = False
+    reached[name] = bool(reached.get(name)) or done is not False
+def call(number, *arguments):
+    if libc.syscall(number, *arguments) == -1:
+        raise OSError(ctypes.get_errno(), "")
+def can_write(path):
+    os.close(os.open(path, os.O_WRONLY))
+def sees_process():
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                if host["marker"].encode() in open(f"/proc/{entry}/cmdline", "rb").read():
+                    return True
+            except OSError:
+                pass
+    return False
+def field(name):
+    return open("/proc/self/status").read().partition(name + ":")[2].split()[0]
+def connect(address, family=socket.AF_INET):
+    with socket.socket(family) as sock:
+        sock.settimeout(2)
+        sock.connect(address)
+attempt("host_files", lambda: open(host["secret"]).close())
+attempt("host_files", lambda: can_write("/etc/passwd"))
+attempt("host_files", lambda: can_write(json.__file__))
+attempt("host_processes", sees_process)
+for address in host["addresses"]:
+    attempt("network", lambda: connect((address, host["port"])))
+attempt("network", lambda: connect("\\0" + host["abstract"], socket.AF_UNIX))
+attempt("kernel", lambda: int(field("CapBnd"), 16) > 0)
+attempt("kernel", lambda: field("NoNewPrivs") != "1")
+attempt("kernel", lambda: field("Seccomp") != "2")
+attempt("kernel", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close())
+if os.uname().machine == "x86_64":
+    attempt("kernel", lambda: call(272, 0x10000000))
+    attempt("kernel", lambda: call(250, 0, -3, 0))
+server = os.getppid()
+for path in ("environ", "mem", "fd/0", "fd/3"):
+    attempt("honest_answers", lambda: open(f"/proc/{server}/{path}", "rb").close())
+attempt("honest_answers", lambda: server != 1)
+print(json.dumps(reached))
+"""
+_FORKS = """
+import os, time
+count = 0
+try:
+    for count in range(3 * LIMIT):
+        if os.fork() == 0:
+            time.sleep(30)
+except OSError:
+    pass
+print(count)
+""".replace("LIMIT", str(_PROCESSES))
+_HOLD = """
+import os, time
+readers = []
+for _ in range(2):
+    reader, writer = os.pipe()
+    readers.append(reader)
+    if os.fork() == 0:
+        data = bytearray(64 << 20)
+        os.write(writer, b"x")
+        time.sleep(30)
+    os.close(writer)
+print(sum(len(os.read(reader, 1)) for reader in readers))
+"""
+_FILL = """
+size = 0
+try:
+    for number in range(3):
+        with open(f"filler{number}", "wb", buffering=0) as file:
+            for _ in range(4):
+                size += file.write(bytes(1 << 20))
+except OSError:
+    pass
+print(size)
+"""
+_FLOOD = """
+count = 0
+try:
+    for count in range(20000):
+        open(f"f{count}", "w").close()
+except OSError:
+    pass
+print(count)
+"""
+_LOCK = """
+import fcntl, json, os, sys
+fd = os.open(json.__file__, os.O_RDONLY)
+try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print("taken")
+else:
+    print("free", flush=True)
+    if sys.argv[1:] == ["hold"]:
+        import time
+        time.sleep(10)
+"""
+_FETCH = """
+import sys, urllib.error, urllib.request
+for url in sys.stdin.read().split():
+    try:
+        print(urllib.request.urlopen(url, timeout=10).status)
+    except urllib.error.HTTPError as error:
+        print(error.code)
+    except OSError as error:
+        print(0)
+"""
+
+
+class Maker(Protocol):
+    """What makes boxes to probe."""
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """A fresh sandbox."""
+
+
+async def probe(backend: Maker) -> frozenset[Capability]:
+    """What a back end contains and offers; takes about a second. Raises like its `create`."""
+    found: set[Capability] = set()
+    async with AsyncExitStack() as stack:
+        box = await stack.enter_async_context(_box(backend))
+        found |= await _probe_reach(box)
+        found |= await _probe_amounts(backend)
+        twin = await stack.enter_async_context(_box(backend))
+        if not await _shares_locks(box, twin):
+            found.add(Capability.FILE_LOCKS)
+        found |= await _probe_snapshot(box, twin)
+    if Capability.NETWORK in found and await _reaches_only_allowed(backend):
+        found.add(Capability.ALLOW_LIST)
+    return frozenset(found)
+
+
+async def _probe_reach(box: Sandbox) -> set[Capability]:
+    number = int.from_bytes(os.urandom(4))
+    outside, inside = f"60.{number}1", f"60.{number}2"  # names of sleepers that no other process has
+    with _host_targets() as targets, _sleeper(outside):
+        told = {**targets, "marker": outside}
+        result = _ran(await box.run_python(_REACH, stdin=json.dumps(told).encode()))
+    reached = {Capability(name) for name, was_reached in json.loads(result.stdout).items() if not was_reached}
+    _ran(await box.exec(["sh", "-c", f"setsid sleep {inside} & :"]))
+    if not await asyncio.to_thread(_is_running, inside) and Capability.HONEST_ANSWERS in reached:
+        reached.add(Capability.NO_LEFTOVERS)
+    return reached
+
+
+async def _probe_amounts(backend: Maker) -> set[Capability]:
+    """Each in a box of its own, since one that ran out of something may end."""
+    attempts = (
+        (Capability.PROCESSES, _FORKS, lambda said: int(said) <= _PROCESSES),
+        (Capability.MEMORY, _HOLD, lambda said: said != "2"),
+        (Capability.DISK, _FILL, lambda said: 0 < int(said) <= 8 << 20),
+        (Capability.INODES, _FLOOD, lambda said: 1000 < int(said) < 19_999),
+    )
+    found = set()
+    for capability, code, is_contained in attempts:
+        async with _box(backend) as box:
+            result = await box.run_python(code)
+            if is_contained(result.stdout.decode().strip() or "0"):
+                found.add(capability)
+    return found
+
+
+async def _shares_locks(box: Sandbox, twin: Sandbox) -> bool:
+    begun = asyncio.Event()
+
+    async def hold() -> None:
+        await box.exec(["python3", "-c", _LOCK, "hold"], on_output=lambda *_: begun.set(), wall_s=0.7)
+        begun.set()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(hold())
+        await begun.wait()
+        result = _ran(await twin.exec(["python3", "-c", _LOCK]))
+    return result.stdout == b"taken\n"
+
+
+async def _probe_snapshot(box: Sandbox, twin: Sandbox) -> set[Capability]:
+    await box.write_file("/workspace/state", b"kept")
+    snapshot = await box.snapshot()
+    await box.write_file("/workspace/state", b"changed")
+    await box.restore(snapshot)
+    await twin.restore(snapshot)
+    found = set()
+    if await box.read_file("/workspace/state") == b"kept":
+        found.add(Capability.SNAPSHOT)
+    if await twin.read_file("/workspace/state") == b"kept":
+        found.add(Capability.FORK)
+    return found
+
+
+async def _reaches_only_allowed(backend: Maker) -> bool:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with (
+        await asyncio.start_server(answer, "127.0.0.1", 0) as listed,
+        await asyncio.start_server(answer, "127.0.0.1", 0) as other,
+    ):
+        ports = [server.sockets[0].getsockname()[1] for server in (listed, other)]
+        spec = SandboxSpec(limits=_SPEC.limits, allow=(f"127.0.0.1:{ports[0]}",))
+        try:
+            async with _box(backend, spec) as box:
+                urls = "\n".join(f"http://127.0.0.1:{port}/" for port in ports)
+                environment = {"no_proxy": "", "NO_PROXY": ""}
+                result = await box.exec(["python3", "-c", _FETCH], stdin=urls.encode(), env=environment)
+        except PalaestraError:
+            return False
+    return result.stdout == b"204\n403\n"
+
+
+@contextmanager
+def _host_targets() -> Iterator[dict[str, object]]:
+    """Things of the host that a box must not reach; they are really there while the block runs."""
+    with (
+        tempfile.TemporaryDirectory(prefix="palaestra-probe-") as folder,
+        socket.create_server(("0.0.0.0", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
+        secret = Path(folder, "secret")
+        secret.write_text("secret")
+        for path, mode in ((Path(folder), 0o755), (secret, 0o644)):
+            path.chmod(mode)
+        name = f"palaestra-probe-{os.getpid()}-{os.urandom(3).hex()}"
+        abstract.bind("\0" + name)
+        abstract.listen()
+        yield {
+            "secret": str(secret),
+            "port": server.getsockname()[1],
+            "addresses": ["127.0.0.1"],
+            "abstract": name,
+        }
+
+
+@contextmanager
+def _sleeper(seconds: str) -> Iterator[None]:
+    with subprocess.Popen(["sleep", seconds]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def _box(backend: Maker, spec: SandboxSpec = _SPEC) -> AsyncIterator[Sandbox]:
+    box = await backend.create(spec)
+    try:
+        yield box
+    finally:
+        await box.aclose()
+
+
+def _ran(result: ExecResult) -> ExecResult:
+    if not result.is_ok:
+        raise SandboxError(f"a probe of the sandbox did not run: {result.ended}: {result.text('stderr')}")
+    return result
+
+
+def _is_running(argument: str) -> bool:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if argument.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                    return True
+            except OSError:
+                continue
+    return False
