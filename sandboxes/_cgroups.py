@@ -146,13 +146,32 @@ def _make_root(name: str) -> tuple[Path, str, str] | None:
     return None
 
 
-def _sweep(parent: Path) -> None:
+def find_place() -> str | None:
+    """Where this process can make memory cgroups, and of which version; None where it cannot."""
+    found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+    if found is None:
+        return None
+    root, limit_file, _ = found
+    root.rmdir()
+    return f"version {1 if limit_file == _V1[0] else 2}, below {root.parent}"
+
+
+def sweep() -> list[str]:
+    """Remove what dead owners left everywhere, and return the folders."""
+    return [folder for parent, _ in _candidates() for folder in _sweep(parent)]
+
+
+def _sweep(parent: Path) -> list[str]:
     """Remove what owners left whose guard was killed with them; a cgroup that has a process refuses to go."""
+    removed = []
     for root in parent.glob("palaestra-*-*"):
         if not Path("/proc", root.name.split("-")[1]).exists():
             for folder in (*root.glob("box*"), root):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+            if not root.exists():
+                removed.append(str(root))
+    return removed
 
 
 def _candidates() -> list[tuple[Path, tuple[str, str]]]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +75,7 @@ class ManagedBackend:
         self._running = _Gate("executions under way", admission.max_running, admission.queue_s)
         self._proved: frozenset[Capability] | None = None
         self._proving = asyncio.Lock()
+        self._boxes: set[LeasedBox] = set()
 
     async def capabilities(self) -> frozenset[Capability]:
         """See `SandboxBackend.capabilities`."""
@@ -106,11 +107,19 @@ class ManagedBackend:
         except BaseException:
             self._alive.leave()
             raise
-        return LeasedBox(box, record, self._alive, self._running, queue_s)
+        leased = LeasedBox(box, record, self._alive, self._running, queue_s)
+        self._boxes.add(leased)
+        leased.on_closed = self._boxes.discard
+        return leased
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
-        await self._raw.aclose()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for box in list(self._boxes):
+                    group.create_task(box.aclose())
+        finally:
+            await self._raw.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,6 +148,7 @@ class LeasedBox:
         self._alive = alive
         self._running = running
         self._closing: asyncio.Future[None] | None = None
+        self.on_closed: Callable[[LeasedBox], object] = lambda _: None
 
     async def exec(
         self,
@@ -210,6 +220,7 @@ class LeasedBox:
             self._record.remove()  # one that could not be closed stays on the list, for the reaper
         finally:
             self._alive.leave()
+            self.on_closed(self)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,0 +1,117 @@
+"""Clears what killed runs left on this machine: by owner and lifetime, never by the look of a name.
+
+Invariant: nothing of a living owner within its lifetime is touched, and a process is killed only while it is the
+very one that the record names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palaestra.errors import PalaestraError
+from palaestra.sandboxes import _cgroups, _subprocess
+from palaestra.sandboxes._owner import owner_of
+from palaestra.sandboxes._records import Lease, forget, list_leases
+
+_GRACE_S = 30.0
+"""A sandbox ends by itself when its lifetime is over; one that is still there so much later does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """Something that was cleared, or could not be: then `error` says why."""
+
+    what: str
+    why: str
+    error: str = ""
+
+
+def reap(now_s: float | None = None) -> list[Reaped]:
+    """Clear what dead owners left and what has outlived its lease; blocks for up to seconds."""
+    now_s = time.time() if now_s is None else now_s
+    cleared = []
+    for lease in list_leases():
+        why = "its owner is gone" if lease.is_orphan else "its lifetime is over"
+        if lease.is_orphan or lease.left_s(now_s) < -_GRACE_S:
+            cleared.append(_attempt(f"{lease.backend} {lease.id}", why, lambda lease=lease: _end(lease)))  # type: ignore[misc]
+    sweeps: tuple[tuple[str, Callable[[], list[str]]], ...] = (
+        ("cgroup", _cgroups.sweep),
+        ("folder", _subprocess.sweep),
+        ("docker container", lambda: _sweep_containers("docker")),
+        ("podman container", lambda: _sweep_containers("podman")),
+    )
+    for kind, sweep in sweeps:
+        try:
+            cleared += [Reaped(f"{kind} {name}", "its owner is gone") for name in sweep()]
+        except (PalaestraError, OSError) as error:
+            cleared.append(Reaped(f"{kind}s", "its owner is gone", str(error)))
+    return cleared
+
+
+def _attempt(what: str, why: str, action: Callable[[], None]) -> Reaped:
+    try:
+        action()
+    except (PalaestraError, OSError) as error:
+        return Reaped(what, why, str(error))
+    return Reaped(what, why)
+
+
+def _end(lease: Lease) -> None:
+    kind, _, value = lease.handle.partition(" ")
+    if kind == "process":
+        _kill(value)
+    elif kind == "container":
+        client = _client(value)
+        if client is None:
+            raise OSError(f"no {value} daemon answers")
+        with contextlib.closing(client):
+            from palaestra.sandboxes import _containers
+
+            _containers.remove(client, lease.id)
+    elif kind == "folder":
+        _subprocess.remove_folder(Path(value))
+    forget(lease.id)
+
+
+def _kill(process: str) -> None:
+    pid = int(process.split(":")[1])
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if owner_of(pid) == process:  # and not another one with its number
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)
+
+
+def _sweep_containers(engine: str) -> list[str]:
+    client = _client(engine)
+    if client is None:
+        return []
+    with contextlib.closing(client):
+        from palaestra.sandboxes import _containers
+
+        return _containers.sweep(client)
+
+
+def _client(engine: str) -> Any:
+    """A client of the engine's daemon, or None where there is none."""
+    try:
+        from palaestra.sandboxes import _containers
+    except ImportError:
+        return None
+    try:
+        return _containers.connect(_containers.docker_urls() if engine == "docker" else _containers.podman_urls())
+    except PalaestraError:
+        return None

@@ -1,0 +1,110 @@
+"""`palaestra sandbox list | reap | bench | serve`: what runs, what was left, how fast it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(name="sandbox", no_args_is_help=True, help="Sandboxes on this machine: list, reap, bench, serve.")
+_FAILED = 1
+
+
+@app.command("list")
+def list_sandboxes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show every leased sandbox and browser of this user, and whether its owner is alive."""
+    from palaestra.sandboxes.leases import list_leases
+
+    now_s = time.time()
+    leases = list_leases()
+    if as_json:
+        rows = [
+            {**asdict(lease), "is_orphan": lease.is_orphan, "left_s": round(lease.left_s(now_s), 1)} for lease in leases
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("sandbox", "back end", "owner", "run", "age", "left", box=None)
+    table.columns[0].no_wrap = True
+    for lease in leases:
+        owner = f"{lease.owner_pid}, gone" if lease.is_orphan else str(lease.owner_pid)
+        age, left = _span(now_s - lease.began_s), _span(lease.left_s(now_s))
+        table.add_row(lease.id, lease.backend, owner, lease.label, age, left)
+    console = Console()
+    console.print(table)
+    num_orphans = sum(lease.is_orphan for lease in leases)
+    if num_orphans:
+        console.print(f"{num_orphans} without an owner: `palaestra sandbox reap` clears them", markup=False)
+
+
+@app.command("reap")
+def reap_sandboxes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Clear what killed runs left, and what has outlived its lease; what a living owner uses stays."""
+    from palaestra.sandboxes.leases import reap
+
+    cleared = reap()
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in cleared], indent=2))
+    else:
+        for each in cleared:
+            typer.echo(f"{each.what}: {each.why}" + (f"; NOT cleared: {each.error}" if each.error else "; cleared"))
+        if not cleared:
+            typer.echo("nothing to clear")
+    if any(each.error for each in cleared):
+        raise typer.Exit(_FAILED)
+
+
+@app.command("bench")
+def bench(
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", help="Back end; repeatable. All that run here by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Measurements of each figure; medians are shown.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure latency and throughput of sandboxes on this machine, at concurrency 1, 4 and 16."""
+    from palaestra.cli._options import interruptible
+    from palaestra.sandboxes import check_backend
+    from palaestra.sandboxes.bench import measure
+
+    names = backend or [name for name in ("jail", "docker", "podman") if check_backend(name) is None]
+    figures = []
+    with interruptible("nothing was kept"):
+        for name in names:
+            figures += asyncio.run(measure(name, repeats=repeats))
+    if as_json:
+        typer.echo(json.dumps([asdict(figure) for figure in figures], indent=2))
+        return
+    table = Table("back end", "what", "concurrency", "median", "90 %", "a second")
+    for figure in figures:
+        latency = (f"{figure.median_ms:.1f} ms", f"{figure.p90_ms:.1f} ms")
+        table.add_row(figure.backend, figure.what, str(figure.concurrency), *latency, f"{figure.per_s:.1f}")
+    Console().print(table)
+
+
+@app.command("serve")
+def serve_sandboxes(
+    backend: Annotated[str, typer.Option(help="Back end to offer.")] = "jail",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8470,
+) -> None:
+    """Offer this machine's sandboxes over HTTP; the token is read from PALAESTRA_SANDBOX_TOKEN."""
+    from palaestra.cli._options import interruptible
+    from palaestra.sandboxes.server import serve
+
+    with interruptible("every sandbox was closed"):
+        serve(host, port, backend, os.environ.get("PALAESTRA_SANDBOX_TOKEN"))
+
+
+def _span(seconds: float) -> str:
+    if seconds < 0:
+        return "over"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
