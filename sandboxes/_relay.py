@@ -23,12 +23,20 @@ _CHUNK = 1 << 15
 
 
 class _Connection:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, number: int, sock: socket.socket) -> None:
+        self.number = number
+        """Never used again, unlike the descriptor: the host may still speak of one that has closed."""
         self.sock = sock
+        self.fd = sock.fileno()
         self.to_agent = bytearray()
         self.num_unacknowledged = 0
         self.is_closing = False
         """The host has closed it: it goes when everything is written."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its socket is closed."""
+        return self.sock.fileno() < 0
 
 
 class Relay:
@@ -41,6 +49,7 @@ class Relay:
         self._connections: dict[int, _Connection] = {}
         self._execution: Execution | None = None
         self._number = 0
+        self._num_opened = 0
         url = f"http://127.0.0.1:{port}"
         names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
         self.environment = {**dict.fromkeys(names, url), "no_proxy": "127.0.0.1,localhost"}
@@ -74,39 +83,35 @@ class Relay:
             sock.close()
             return
         sock.setblocking(False)
-        self._connections[sock.fileno()] = _Connection(sock)
-        self._execution.others[sock.fileno()] = self._on_event
-        self._send(sock.fileno(), "open")
-        self._watch(sock.fileno())
+        self._num_opened += 1
+        connection = self._connections[self._num_opened] = _Connection(self._num_opened, sock)
+        self._execution.others[connection.fd] = lambda _, event: self._on_event(connection, event)
+        self._send(connection, "open")
+        self._watch(connection)
 
-    def _on_event(self, fd: int, event: int) -> None:
-        connection = self._connections.get(fd)
-        if connection is None:
-            return
+    def _on_event(self, connection: _Connection, event: int) -> None:
         try:
             if event & select.POLLOUT:
-                self._flush(fd, connection)
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                chunk = os.read(fd, _CHUNK)
+                self._flush(connection)
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and not connection.is_closed:
+                chunk = os.read(connection.fd, _CHUNK)
                 if not chunk:
-                    self._close(fd)
+                    self._close(connection)
                     return
                 connection.num_unacknowledged += len(chunk)
-                self._send(fd, "data", chunk)
+                self._send(connection, "data", chunk)
         except BlockingIOError:
             pass
         except OSError:
-            self._close(fd)
-            return
-        self._watch(fd)
+            self._close(connection)
+        self._watch(connection)
 
     def _on_frame(self, fd: int, event: int) -> None:
         header = self._channel.receive()
         body = self._channel.read()
-        connection = self._connections.get(header.get("net", -1))
+        connection = self._connections.get(header.get("net", 0))
         if connection is None:
             return  # closed meanwhile
-        number = connection.sock.fileno()
         if header["do"] == "ack":
             connection.num_unacknowledged -= header["count"]
         elif header["do"] == "data":
@@ -114,37 +119,35 @@ class Relay:
         else:
             connection.is_closing = True
         try:
-            self._flush(number, connection)
+            self._flush(connection)
         except BlockingIOError:
             pass
         except OSError:
-            self._close(number)
-        self._watch(number)
+            self._close(connection)
+        self._watch(connection)
 
-    def _flush(self, fd: int, connection: _Connection) -> None:
+    def _flush(self, connection: _Connection) -> None:
         while connection.to_agent:
-            num_written = os.write(fd, connection.to_agent[:_CHUNK])
+            num_written = os.write(connection.fd, connection.to_agent[:_CHUNK])
             del connection.to_agent[:num_written]
-            self._send(fd, "ack", count=num_written)
+            self._send(connection, "ack", count=num_written)
         if connection.is_closing:
-            self._close(fd)
+            self._close(connection)
 
-    def _watch(self, fd: int) -> None:
-        connection = self._connections.get(fd)
-        if connection is None or self._execution is None:
+    def _watch(self, connection: _Connection) -> None:
+        if connection.is_closed or self._execution is None:
             return
         events = select.POLLIN if connection.num_unacknowledged < WINDOW else 0
-        self._execution.poll.register(fd, events | (select.POLLOUT if connection.to_agent else 0))
+        self._execution.poll.register(connection.fd, events | (select.POLLOUT if connection.to_agent else 0))
 
-    def _close(self, fd: int) -> None:
-        connection = self._connections.pop(fd, None)
-        if connection is None:
-            return
+    def _close(self, connection: _Connection) -> None:
         assert self._execution is not None
-        self._execution.poll.unregister(fd)
-        del self._execution.others[fd]
+        if self._connections.pop(connection.number, None) is None:
+            return
+        self._execution.poll.unregister(connection.fd)
+        del self._execution.others[connection.fd]
         connection.sock.close()
-        self._send(fd, "close")
+        self._send(connection, "close")
 
-    def _send(self, fd: int, do: str, body: bytes = b"", **more: Any) -> None:
-        self._channel.send({"id": self._number, "net": fd, "do": do, **more}, body)
+    def _send(self, connection: _Connection, do: str, body: bytes = b"", **more: Any) -> None:
+        self._channel.send({"id": self._number, "net": connection.number, "do": do, **more}, body)
