@@ -73,17 +73,13 @@ class ManagedBackend:
         self._alive = _Gate("boxes in use", admission.max_boxes, admission.queue_s)
         self._creating = _Gate("boxes being made", admission.max_creating, admission.queue_s)
         self._running = _Gate("executions under way", admission.max_running, admission.queue_s)
-        self._proved: frozenset[Capability] | None = None
+        self._proved: dict[Capability, bool] = {}
         self._proving = asyncio.Lock()
         self._boxes: set[LeasedBox] = set()
 
     async def capabilities(self) -> frozenset[Capability]:
         """See `SandboxBackend.capabilities`."""
-        async with self._proving:
-            if self._proved is None:
-                told = getattr(self._raw, "capabilities", None)
-                self._proved = await (told() if told is not None else probe(self._raw))
-            return self._proved
+        return await self._prove(frozenset(Capability))
 
     async def create(self, spec: SandboxSpec) -> Sandbox:
         """See `SandboxBackend.create`."""
@@ -127,8 +123,20 @@ class ManagedBackend:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    async def _prove(self, wanted: frozenset[Capability]) -> frozenset[Capability]:
+        async with self._proving:
+            unknown = wanted - self._proved.keys()
+            if unknown:
+                told = getattr(self._raw, "capabilities", None)
+                if told is None:
+                    self._proved |= await probe(self._raw, unknown)
+                else:
+                    known = await told()
+                    self._proved = {capability: capability in known for capability in Capability}
+            return frozenset(capability for capability, is_there in self._proved.items() if is_there)
+
     async def _refuse_missing(self, spec: SandboxSpec) -> None:
-        missing = sorted(spec.required - await self.capabilities())
+        missing = sorted(spec.required - await self._prove(spec.required))
         if missing:
             raise ConfigError(
                 f"the sandbox back end {self.name!r} does not provide {', '.join(missing)} on this machine, "

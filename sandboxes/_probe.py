@@ -13,8 +13,8 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from palaestra.sandboxes._limits import Capability, Limits, SandboxSpec
 from palaestra.sandboxes._protocol import ExecResult, Sandbox
 
 _PROCESSES = 12
+_HOLD_S = 0.7
 _SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=_PROCESSES, wall_s=20.0))
 
 _REACH = """
@@ -156,33 +157,33 @@ class Maker(Protocol):
         """A fresh sandbox."""
 
 
-async def probe(backend: Maker) -> frozenset[Capability]:
-    """What a back end contains and offers; takes about a second. Raises like its `create`."""
-    found: set[Capability] = set()
-    async with AsyncExitStack() as stack:
-        box = await stack.enter_async_context(_box(backend))
-        found |= await _probe_reach(box)
-        found |= await _probe_amounts(backend)
-        twin = await stack.enter_async_context(_box(backend))
-        if not await _shares_locks(box, twin):
-            found.add(Capability.FILE_LOCKS)
-        found |= await _probe_snapshot(box, twin)
-    if Capability.NETWORK in found and await _reaches_only_allowed(backend):
-        found.add(Capability.ALLOW_LIST)
-    return frozenset(found)
+async def probe(backend: Maker, wanted: frozenset[Capability] = frozenset(Capability)) -> dict[Capability, bool]:
+    """Whether a back end has each wanted capability, and those that are found out with them.
+
+    Takes about a second for all of them. Raises like the back end's `create`.
+    """
+    found: dict[Capability, bool] = {}
+    for group, attempt in _GROUPS.items():
+        if wanted & group:
+            proved = await attempt(backend)
+            found |= {capability: capability in proved for capability in group}
+    return found
 
 
-async def _probe_reach(box: Sandbox) -> set[Capability]:
+async def _probe_reach(backend: Maker) -> set[Capability]:
     number = int.from_bytes(os.urandom(4))
     outside, inside = f"60.{number}1", f"60.{number}2"  # names of sleepers that no other process has
-    with _host_targets() as targets, _sleeper(outside):
-        told = {**targets, "marker": outside}
-        result = _ran(await box.run_python(_REACH, stdin=json.dumps(told).encode()))
-    reached = {Capability(name) for name, was_reached in json.loads(result.stdout).items() if not was_reached}
-    _ran(await box.exec(["sh", "-c", f"setsid sleep {inside} & :"]))
-    if not await asyncio.to_thread(_is_running, inside) and Capability.HONEST_ANSWERS in reached:
-        reached.add(Capability.NO_LEFTOVERS)
-    return reached
+    async with _box(backend) as box:
+        with _host_targets() as targets, _sleeper(outside):
+            told = {**targets, "marker": outside}
+            result = _ran(await box.run_python(_REACH, stdin=json.dumps(told).encode()))
+        contained = {Capability(name) for name, was_reached in json.loads(result.stdout).items() if not was_reached}
+        _ran(await box.exec(["sh", "-c", f"setsid sleep {inside} & :"]))
+        if not await asyncio.to_thread(_is_running, inside) and Capability.HONEST_ANSWERS in contained:
+            contained.add(Capability.NO_LEFTOVERS)
+    if Capability.NETWORK in contained and await _reaches_only_allowed(backend):
+        contained.add(Capability.ALLOW_LIST)
+    return contained
 
 
 async def _probe_amounts(backend: Maker) -> set[Capability]:
@@ -202,18 +203,20 @@ async def _probe_amounts(backend: Maker) -> set[Capability]:
     return found
 
 
-async def _shares_locks(box: Sandbox, twin: Sandbox) -> bool:
-    begun = asyncio.Event()
+async def _probe_sharing(backend: Maker) -> set[Capability]:
+    async with _box(backend) as box, _box(backend) as twin:
+        found = await _probe_snapshot(box, twin)
+        begun = asyncio.Event()
 
-    async def hold() -> None:
-        await box.exec(["python3", "-c", _LOCK, "hold"], on_output=lambda *_: begun.set(), wall_s=0.7)
-        begun.set()
+        async def hold() -> None:
+            await box.exec(["python3", "-c", _LOCK, "hold"], on_output=lambda *_: begun.set(), wall_s=_HOLD_S)
+            begun.set()
 
-    async with asyncio.TaskGroup() as group:
-        group.create_task(hold())
-        await begun.wait()
-        result = _ran(await twin.exec(["python3", "-c", _LOCK]))
-    return result.stdout == b"taken\n"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(hold())
+            await begun.wait()
+            result = _ran(await twin.exec(["python3", "-c", _LOCK]))
+        return found if result.stdout == b"taken\n" else found | {Capability.FILE_LOCKS}
 
 
 async def _probe_snapshot(box: Sandbox, twin: Sandbox) -> set[Capability]:
@@ -309,3 +312,20 @@ def _is_running(argument: str) -> bool:
             except OSError:
                 continue
     return False
+
+
+_GROUPS: dict[frozenset[Capability], Callable[[Maker], Awaitable[set[Capability]]]] = {
+    frozenset(
+        {
+            Capability.HOST_FILES,
+            Capability.HOST_PROCESSES,
+            Capability.NETWORK,
+            Capability.ALLOW_LIST,
+            Capability.KERNEL,
+            Capability.HONEST_ANSWERS,
+            Capability.NO_LEFTOVERS,
+        }
+    ): _probe_reach,
+    frozenset({Capability.PROCESSES, Capability.MEMORY, Capability.DISK, Capability.INODES}): _probe_amounts,
+    frozenset({Capability.FILE_LOCKS, Capability.SNAPSHOT, Capability.FORK}): _probe_sharing,
+}
