@@ -111,6 +111,7 @@ class Box:
             raise SandboxError(f"sandbox {self.id} did not start within {timeout_s:g} s: {error}") from error
         if header.get("ready") is not True:
             raise SandboxError(f"sandbox {self.id} could not be set up: {header.get('fatal')}")
+        await self.renew()  # its limits hold from here on, so it may fork what will run the agent's code
 
     async def exec(
         self,

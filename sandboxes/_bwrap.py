@@ -46,14 +46,20 @@ class ForkedBox(NamedTuple):
     status: asyncio.Future[int]
 
 
+def find_bwrap() -> str:
+    """Where bubblewrap is; raises `ConfigError` when it is not installed."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
+    return bwrap
+
+
 class ZygoteProcess:
     """The bubblewrap process and its control socket; answers are matched to requests by number."""
 
     def __init__(self, rootfs: Rootfs) -> None:
         """Start bubblewrap; raises `ConfigError` when it is not installed. `aclose` ends it, ready or not."""
-        bwrap = shutil.which("bwrap")
-        if bwrap is None:
-            raise ConfigError(f"bubblewrap is not installed; install the package 'bubblewrap'{_OR_DOCKER}")
+        bwrap = find_bwrap()
         self.is_dead = False
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[ForkedBox]] = {}

@@ -70,6 +70,10 @@ class Channel:
         except OSError:
             os._exit(0)
 
+    def is_waiting(self) -> bool:
+        """Whether the host has sent something that was not read yet."""
+        return bool(self._unread or select.select([self.read_fd], [], [], 0)[0])
+
     def _wait(self) -> None:
         if self.deadline == math.inf:
             return

@@ -13,6 +13,7 @@ configuration), as for the back end without isolation.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -28,15 +29,18 @@ from typing import Any, NoReturn
 from palaestra.sandboxes import _trees
 from palaestra.sandboxes._channel import Channel
 from palaestra.sandboxes._execution import (
-    PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_SECCOMP,
+    Child,
     Execution,
     check,
     libc,
+    set_debuggable,
+    start,
 )
 from palaestra.sandboxes._relay import Relay
-from palaestra.sandboxes._warm_python import ENVIRONMENT, preload, run_source
+from palaestra.sandboxes._spare import Spare
+from palaestra.sandboxes._warm_python import ENVIRONMENT, preload
 
 SECCOMP_PATH = "/palaestra/seccomp.bpf"
 WORKSPACE = "/workspace"
@@ -60,6 +64,8 @@ class Server:
         self._began = time.monotonic()
         self._used_s = 0.0
         self._num_execs = 0
+        self._spare: Spare | None = None
+        self._is_for_python = False
         self._renew({})
 
     def serve(self) -> NoReturn:
@@ -76,6 +82,10 @@ class Server:
         }
         self._channel.send({"ready": True})
         while True:
+            # what ran last will most likely run next; and nothing before the host has set the limits around us
+            if self._spare is None and self._is_for_python and not self._channel.is_waiting():
+                with contextlib.suppress(OSError):  # tried again when it is needed
+                    self._prepare()
             header = self._channel.receive()
             if "op" not in header:
                 continue  # for a connection of an execution that has ended meanwhile
@@ -89,6 +99,7 @@ class Server:
 
     def _renew(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         self._channel.deadline = time.monotonic() + self._config["lifetime_s"]
+        self._is_for_python = self._num_execs == 0 and bool(header)
         return {}, b""
 
     def _exec(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -102,23 +113,42 @@ class Server:
                 os.write(2, f"{argv[0]}: {reason}\n".encode(errors="replace"))
                 os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
-        return self._run(enter, header, self._locate(header["cwd"]))
+        self._drop_spare()
+        self._is_for_python = False
+        return self._run(lambda: self._start(enter, self._locate(header["cwd"])), header)
+
+    def _start(self, enter: Callable[[], NoReturn], cwd: str) -> Child:
+        stdin_fd = self._stdin()
+        try:
+            return start(self._config, enter, (stdin_fd,), cwd)
+        finally:
+            os.close(stdin_fd)
 
     def _python(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        code = self._channel.read(header["code_bytes"]).decode(errors="surrogatepass")
-        return self._run(lambda: run_source(code, self._environment, self._workspace), header, self._workspace)
+        if self._spare is None:
+            self._prepare()
+        self._is_for_python = True
+        spare, self._spare = self._spare, None
+        assert spare is not None
+        return self._run(lambda: spare.begin(self._channel, header["code_bytes"]), header)
 
-    def _run(self, enter: Callable[[], NoReturn], header: dict[str, Any], cwd: str) -> tuple[dict[str, Any], bytes]:
+    def _prepare(self) -> None:
+        self._spare = Spare(self._config, self._environment, self._workspace)
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.kill()
+            self._spare = None
+
+    def _run(self, begin: Callable[[], Child], header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         stream = self._streamer(header["id"]) if header.get("stream") else None
         execution = Execution(self._config, self._channel.read_fd, stream)
         if self._relay is not None:
             self._relay.begin(execution, header["id"])
-        stdin_fd = self._stdin()
         self._channel.send({"id": header["id"], "began": True})
         try:
-            answer = execution.run(enter, stdin_fd, cwd, header["wall_s"])
+            answer = execution.watch(begin(), header["wall_s"])
         finally:
-            os.close(stdin_fd)
             if self._relay is not None:
                 self._relay.end()
         self._num_execs += 1
@@ -185,11 +215,9 @@ class Server:
         self, execution: Execution, work: Callable[[], None], header: dict[str, Any]
     ) -> tuple[dict[str, Any], bytes]:
         """Do file work in a child with the agent's limits; what went wrong as an `OSError`."""
-        stdin_fd = self._stdin()
-        try:
-            answer = execution.run(lambda: _trees.report(work), stdin_fd, self._workspace, header["wall_s"])
-        finally:
-            os.close(stdin_fd)
+        self._drop_spare()
+        child = self._start(lambda: _trees.report(work), self._workspace)
+        answer = execution.watch(child, header["wall_s"])
         if answer["stopped"] == "output":
             raise OSError(errno.EFBIG, f"more than {header['max_bytes']} bytes")
         if answer["stopped"] == "wall":
@@ -260,7 +288,7 @@ def harden() -> None:
         buffer = ctypes.create_string_buffer(program, len(program))
         fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
         check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_char_p(fprog), 0, 0), "seccomp")
-    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
+    set_debuggable(False)
 
 
 def main() -> None:

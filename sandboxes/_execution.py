@@ -16,7 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _KILL_AT = 8  # output beyond this multiple of the cap ends the execution
@@ -62,6 +62,30 @@ class Capture:
         return bytes(self._head + self._tail[-self._tail_size :])
 
 
+class Child(NamedTuple):
+    """A process that runs the agent's code or is about to, and the ends of its output."""
+
+    pid: int
+    out_fd: int
+    err_fd: int
+
+
+def start(limits: dict[str, Any], enter: Callable[[], NoReturn], fds: tuple[int, ...], cwd: str) -> Child:
+    """Fork a child with these limits, with `fds` as 0 and from 3 on, and let it `enter`."""
+    out_r, out_w = os.pipe()
+    err_r, err_w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become(limits, (fds[0], out_w, err_w, *fds[1:]), cwd)
+            enter()
+        finally:  # a child never runs the server's code
+            os._exit(125)
+    os.close(out_w)
+    os.close(err_w)
+    return Child(pid, out_r, err_r)
+
+
 class Execution:
     """What to watch while one child runs. `on_output` gets (is_stderr, chunk); `others` are more descriptors."""
 
@@ -83,24 +107,13 @@ class Execution:
         self.poll = select.poll()
         self.others: dict[int, Callable[[int, int], None]] = {}
 
-    def run(self, enter: Callable[[], NoReturn], stdin_fd: int, cwd: str, wall_s: float) -> dict[str, Any]:
-        """Fork, let the child `enter`, and watch it; how it ended, as the answer's header."""
-        out_r, out_w = os.pipe()
-        err_r, err_w = os.pipe()
+    def watch(self, child: Child, wall_s: float) -> dict[str, Any]:
+        """See a child to its end, or end it; how it ended, as the answer's header."""
         began = time.monotonic()
         used_s, oom_kills = _cpu_of_children(), count_oom_kills()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self._become(stdin_fd, out_w, err_w, cwd)
-                enter()
-            finally:  # a child never runs the server's code
-                os._exit(125)
-        os.close(out_w)
-        os.close(err_w)
-        streams = {out_r: self.out, err_r: self.err}
-        stopped = self._watch(pid, streams, began + wall_s, used_s + self._limits["cpu_s"])
-        status, num_survivors = _end_everything(pid)
+        streams = {child.out_fd: self.out, child.err_fd: self.err}
+        stopped = self._watch(child.pid, streams, began + wall_s, used_s + self._limits["cpu_s"])
+        status, num_survivors = _end_everything(child.pid)
         for fd in streams:
             self._drain(fd, streams[fd])
             os.close(fd)
@@ -180,22 +193,28 @@ class Execution:
         places = [os.statvfs(place) for place in self._limits["places"]]
         return any(not place.f_bavail or not place.f_favail for place in places)
 
-    def _become(self, stdin_fd: int, out_w: int, err_w: int, cwd: str) -> None:
-        """Turn a fresh fork into the agent's process: own session, own descriptors, limits."""
-        try:
-            os.setsid()
-            forget_child_deaths()
-            for fd, number in ((stdin_fd, 0), (out_w, 1), (err_w, 2)):
-                os.dup2(fd, number)
-            os.closerange(3, 1 << 20)
-            check(libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "dumpable")
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")  # the kernel takes the agent's processes before the server
-            limit_process(self._limits)
-            os.chdir(cwd)
-        except OSError as error:
-            os.write(2, f"{error.strerror}: {cwd}\n".encode(errors="replace"))
-            os._exit(126)
+
+def become(limits: dict[str, Any], fds: tuple[int, ...], cwd: str) -> None:
+    """Turn a fresh fork into the agent's process: own session, these descriptors from 0 on, limits."""
+    try:
+        os.setsid()
+        forget_child_deaths()
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        os.closerange(len(fds), 1 << 20)
+        set_debuggable(True)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # the kernel takes the agent's processes before the server
+        limit_process(limits)
+        os.chdir(cwd)
+    except OSError as error:
+        os.write(2, f"{error.strerror}: {cwd}\n".encode(errors="replace"))
+        os._exit(126)
+
+
+def set_debuggable(can_be: bool) -> None:
+    """Let processes of the same user, itself first of all, look into this one, or not."""
+    check(libc.prctl(PR_SET_DUMPABLE, int(can_be), 0, 0, 0), "dumpable")
 
 
 def child_deaths() -> int:

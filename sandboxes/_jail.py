@@ -18,7 +18,7 @@ from pathlib import Path
 
 from palaestra.errors import SandboxError
 from palaestra.sandboxes._box import Box, Death, server_config
-from palaestra.sandboxes._bwrap import ForkedBox, ZygoteProcess, discard, readable
+from palaestra.sandboxes._bwrap import ForkedBox, ZygoteProcess, discard, find_bwrap, readable
 from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._records import process_handle
@@ -106,6 +106,7 @@ class JailBackend:
                 raise SandboxError("the jail back end is closed")
             if self._zygote is not None and self._zygote.is_dead:
                 await self._end_zygote()
+            find_bwrap()
             if not self._knows_cgroups:  # a creation that is cancelled here must not make the next do without
                 self._cgroups = await MemoryCgroups.open()
                 self._knows_cgroups = True

@@ -28,7 +28,8 @@ PYTHON = "/usr/bin/python3"
 _FORMAT = "5"
 _HERE = Path(__file__).resolve().parent
 _SERVER_FILES = tuple(
-    f"_{name}.py" for name in ("channel", "exec_server", "execution", "relay", "trees", "warm_python", "zygote")
+    f"_{name}.py"
+    for name in ("channel", "exec_server", "execution", "relay", "spare", "trees", "warm_python", "zygote")
 )
 _MOUNT_POINTS = ("proc", "dev", "sys", "tmp", "workspace", "run")
 _PROGRAMS = """

@@ -50,9 +50,8 @@ def preload() -> None:
     gc.freeze()
 
 
-def run_source(source: str, environment: dict[str, str], workspace: str) -> NoReturn:
-    """Run Python source as `__main__` in this process, then end it as the interpreter would."""
-    _forget_server(environment, workspace)
+def run_source(source: str) -> NoReturn:
+    """Run Python source as `__main__` in this process, made fresh before, then end it as the interpreter would."""
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
@@ -70,7 +69,7 @@ def run_source(source: str, environment: dict[str, str], workspace: str) -> NoRe
     os._exit(code)
 
 
-def _forget_server(environment: dict[str, str], workspace: str) -> None:
+def make_fresh(environment: dict[str, str], workspace: str) -> None:
     """Make the fork look like a fresh interpreter: environment, streams, path, random state."""
     os.environ.clear()
     os.environ.update(environment)
