@@ -101,8 +101,8 @@ def _import_image(client: docker.APIClient, rootfs: Rootfs, image: str) -> None:
     def as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = "root"
-        if entry.name in ("./tmp", "./workspace"):
-            entry.mode = 0o1777  # an engine gives a tmpfs the mode of the folder below it
+        # an engine gives a tmpfs the mode of the folder below it
+        entry.mode = {"./tmp": 0o1777, "./workspace": 0o777}.get(entry.name, entry.mode)
         return entry
 
     with tempfile.NamedTemporaryFile() as file:
@@ -122,7 +122,7 @@ def describe(
     limits = spec.limits
     config = server_config(spec, memory_per_process=False, nproc=False)
     tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m"
-    workspace = "mode=1777"
+    workspace = "mode=0777"
     if takes_tmpfs_options:
         tmpfs += f",nr_inodes={config['inodes']}"
         workspace = "mode=0755,uid=1000,gid=1000"

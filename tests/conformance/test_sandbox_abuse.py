@@ -123,18 +123,26 @@ def test_every_number_is_there() -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("name", [*BACKENDS, "subprocess"])
-async def test_what_is_not_contained_is_refused_where_it_is_needed(name: str) -> None:
-    if name in BACKENDS:
-        require_backend(name)
-    backend = await open_backend(name, allow_unsafe=True)
-    try:
-        missing = set(Capability) - await backend.capabilities()
-        for capability in missing:
-            with pytest.raises(ConfigError, match=f"does not provide {capability}"):
-                await backend.create(SandboxSpec(needs=frozenset({capability})))
-        assert name != "subprocess" or Capability.isolating() <= missing
-        for capability in set(Capability) - missing:
-            await (await backend.create(SandboxSpec(needs=frozenset({capability})))).aclose()
-    finally:
-        await backend.aclose()
+@pytest.mark.parametrize("yard", BACKENDS, indirect=True)
+async def test_what_is_not_contained_is_refused_where_it_is_needed(yard: Yard) -> None:
+    await _refuses_what_it_lacks(yard.backend, yard.capabilities)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_without_isolation_every_need_of_it_is_refused(
+    unsafe: tuple[SandboxBackend, frozenset[Capability]],
+) -> None:
+    backend, capabilities = unsafe
+    assert not Capability.isolating() & capabilities
+    await _refuses_what_it_lacks(backend, capabilities)
+
+
+async def _refuses_what_it_lacks(backend: SandboxBackend, capabilities: frozenset[Capability]) -> None:
+    missing = set(Capability) - capabilities
+    for capability in missing:
+        with pytest.raises(ConfigError, match=f"does not provide {capability}"):
+            await backend.create(SandboxSpec(needs=frozenset({capability})))
+    if missing:
+        with pytest.raises(ConfigError, match="does not provide"):
+            await backend.create(SandboxSpec(needs=frozenset(Capability)))
+    await (await backend.create(SandboxSpec(needs=capabilities))).aclose()

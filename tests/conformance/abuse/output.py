@@ -55,7 +55,12 @@ _NUMBERS = b"".join(b"%09d\n" % number for number in range(2000))
 async def _(scene: Scene) -> bool:
     kept = 10 << 10
     box = await scene.make(output_kb=10)
-    for size, cut in ((kept - 1, None), (kept, None), (kept + 1, Cut(kept // 2, 1)), (15_000, Cut(kept // 2, 15_000 - kept))):
+    for size, cut in (
+        (kept - 1, None),
+        (kept, None),
+        (kept + 1, Cut(kept // 2, 1)),
+        (15_000, Cut(kept // 2, 15_000 - kept)),
+    ):
         data = _NUMBERS[:size]
         for stream in ("stdout", "stderr"):
             result = await box.run_python(f"import sys; sys.{stream}.buffer.write(sys.stdin.buffer.read())", stdin=data)
