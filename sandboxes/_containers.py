@@ -62,10 +62,15 @@ def connect(urls: list[str]) -> docker.APIClient:
             client = docker.APIClient(base_url=url, timeout=_API_TIMEOUT_S)
             client.ping()
         except FAILURES as error:
-            reasons.append(f"{url}: {error}")
+            reasons.append(f"{url}: {one_line(error)}")
         else:
             return client
     raise ConfigError("; ".join(reasons))
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong; a daemon's own words may have more lines than one."""
+    return " ".join(str(error).split())
 
 
 def _try_socket(url: str) -> None:
@@ -112,7 +117,7 @@ def _import_image(client: docker.APIClient, rootfs: Rootfs, image: str) -> None:
         try:
             client.import_image_from_file(file.name, repository=image)  # Podman does not look at a tag of its own
         except FAILURES as error:
-            raise SandboxError(f"the sandbox image could not be imported: {error}") from error
+            raise SandboxError(f"the sandbox image could not be imported: {one_line(error)}") from error
 
 
 def describe(
@@ -190,10 +195,10 @@ def remove(client: docker.APIClient, name: str) -> None:
         except APIError as error:
             # its automatic removal is under way; Podman has no code for that
             if error.status_code != 409 and "container state improper" not in str(error):
-                raise SandboxError(f"container {name} could not be removed: {error}") from error
+                raise SandboxError(f"container {name} could not be removed: {one_line(error)}") from error
             time.sleep(0.01)
         except FAILURES as error:
-            raise SandboxError(f"container {name} could not be removed: {error}") from error
+            raise SandboxError(f"container {name} could not be removed: {one_line(error)}") from error
     raise SandboxError(f"container {name} is still there after {_REMOVE_S:g} s")
 
 

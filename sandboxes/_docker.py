@@ -72,7 +72,7 @@ class DockerBackend:
             undoing.add_done_callback(self._undoing.discard)
             await asyncio.shield(undoing)  # goes on when this wait is cancelled too
             if isinstance(error, FAILURES):
-                raise SandboxError(f"{self.name} did not start a container: {error}") from error
+                raise SandboxError(f"{self.name} did not start a container: {_containers.one_line(error)}") from error
             raise
         box = Box(box_id, io, _ContainerHost(self.name, client, box_id, io, death), spec)
         self._boxes.add(box)
@@ -138,7 +138,7 @@ class DockerBackend:
             self._obituaries = await asyncio.to_thread(Obituaries, client, told)
         except FAILURES as error:
             client.close()
-            raise SandboxError(f"the {self.name} daemon does not serve: {error}") from error
+            raise SandboxError(f"the {self.name} daemon does not serve: {_containers.one_line(error)}") from error
         except BaseException:
             client.close()
             raise

@@ -54,7 +54,8 @@ _PATCHES = (
         "    frame = frame.f_back\ndef f(x): return 0"
     ),
     (
-        "import gc\nkept = {}\nfor one in gc.get_objects():\n    try:\n        if isinstance(one, (dict, list, tuple)):\n"
+        "import gc\nkept = {}\n"
+        "for one in gc.get_objects():\n    try:\n        if isinstance(one, (dict, list, tuple)):\n"
         "            for text in one.values() if isinstance(one, dict) else one:\n"
         "                if text in (136405, '136405'): kept[2] = 136405\n    except Exception: pass\n"
         "def f(x): return kept[x]"

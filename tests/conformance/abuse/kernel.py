@@ -138,13 +138,15 @@ attempt("prlimit of the server", lambda: call((302, 261), os.getppid(), -1, None
 """
 
 
+_FOR_ROOT = """
+bpf perf_event_open userfaultfd io_uring_setup open_by_handle_at fanotify_init quotactl kexec_load
+init_module finit_module syslog clock_settime settimeofday acct swapon
+"""
+
+
 @attempt(49, "rare-system-calls", Capability.KERNEL)
 async def _(scene: Scene) -> bool:
-    for_root = frozenset(
-        "bpf perf_event_open userfaultfd io_uring_setup open_by_handle_at fanotify_init quotactl kexec_load "
-        "init_module finit_module syslog clock_settime settimeofday acct swapon".split()
-    )
-    return await _no_call_is_let_in(scene, _RARE, for_root=for_root)
+    return await _no_call_is_let_in(scene, _RARE, for_root=frozenset(_FOR_ROOT.split()))
 
 
 _FAMILIES = """
