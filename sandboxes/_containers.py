@@ -34,6 +34,8 @@ _REPOSITORY = "palaestra/base"
 _API_TIMEOUT_S = 60
 _REMOVE_S = 20.0
 _USER = "1000:1000"
+_SERVER_FILES = 1024
+_USER_PROCESSES = 1 << 15  # of the one user of all containers; `pids_limit` is what holds each
 
 
 def docker_urls() -> list[str]:
@@ -60,10 +62,15 @@ def connect(urls: list[str]) -> docker.APIClient:
             client = docker.APIClient(base_url=url, timeout=_API_TIMEOUT_S)
             client.ping()
         except FAILURES as error:
-            reasons.append(f"{url}: {error}")
+            reasons.append(f"{url}: {one_line(error)}")
         else:
             return client
     raise ConfigError("; ".join(reasons))
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong; a daemon's own words may have more lines than one."""
+    return " ".join(str(error).split())
 
 
 def _try_socket(url: str) -> None:
@@ -81,7 +88,7 @@ def ensure_image(client: docker.APIClient) -> str:
     try:
         client.inspect_image(image)
     except ImageNotFound:
-        _import_image(client, rootfs)
+        _import_image(client, rootfs, image)
         _remove_old_images(client, image)
     return image
 
@@ -89,18 +96,18 @@ def ensure_image(client: docker.APIClient) -> str:
 def _remove_old_images(client: docker.APIClient, image: str) -> None:
     for other in client.images(name=_REPOSITORY):
         for tag in other.get("RepoTags") or ():
-            if tag.removeprefix("localhost/") != image and not client.containers(
-                all=True, quiet=True, filters={"ancestor": tag}
-            ):
+            # Podman puts a registry in front
+            is_current = tag == image or tag.endswith(f"/{image}")
+            if not is_current and not client.containers(all=True, quiet=True, filters={"ancestor": tag}):
                 client.remove_image(tag, noprune=False)
 
 
-def _import_image(client: docker.APIClient, rootfs: Rootfs) -> None:
+def _import_image(client: docker.APIClient, rootfs: Rootfs, image: str) -> None:
     def as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = "root"
-        if entry.name == "./tmp":
-            entry.mode = 0o1777  # Docker gives a tmpfs the mode of the folder below it
+        # an engine gives a tmpfs the mode of the folder below it
+        entry.mode = {"./tmp": 0o1777, "./workspace": 0o777}.get(entry.name, entry.mode)
         return entry
 
     with tempfile.NamedTemporaryFile() as file:
@@ -108,17 +115,24 @@ def _import_image(client: docker.APIClient, rootfs: Rootfs) -> None:
             archive.add(rootfs.path, arcname=".", filter=as_root)
         file.flush()
         try:
-            client.import_image_from_file(file.name, repository=_REPOSITORY, tag=rootfs.digest)
+            client.import_image_from_file(file.name, repository=image)  # Podman does not look at a tag of its own
         except FAILURES as error:
-            raise SandboxError(f"the sandbox image could not be imported: {error}") from error
+            raise SandboxError(f"the sandbox image could not be imported: {one_line(error)}") from error
 
 
-def describe(client: docker.APIClient, image: str, name: str, spec: SandboxSpec) -> dict[str, Any]:
-    """The arguments of `create_container` for a box."""
+def describe(
+    client: docker.APIClient, image: str, name: str, spec: SandboxSpec, *, takes_tmpfs_options: bool
+) -> dict[str, Any]:
+    """The arguments of `create_container` for a box; Podman takes a size and a mode of a tmpfs, and no more."""
     limits = spec.limits
     config = server_config(spec, memory_per_process=False, nproc=False)
-    tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m,nr_inodes={config['inodes']}"
+    tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m"
+    workspace = "mode=0777"
+    if takes_tmpfs_options:
+        tmpfs += f",nr_inodes={config['inodes']}"
+        workspace = "mode=0755,uid=1000,gid=1000"
     memory = limits.memory_mb << 20
+    open_files = max(limits.open_files, _SERVER_FILES)
     return {
         "name": name,
         "image": image,
@@ -140,8 +154,13 @@ def describe(client: docker.APIClient, image: str, name: str, spec: SandboxSpec)
             mem_limit=memory,
             memswap_limit=memory,
             shm_size=limits.workspace_mb << 20,
-            ulimits=[Ulimit(name="core", soft=0, hard=0)],
-            tmpfs={"/workspace": f"{tmpfs},mode=0755,uid=1000,gid=1000", "/tmp": f"{tmpfs},mode=1777"},
+            # the last two since Podman's own defaults may be more than its host lets it give
+            ulimits=[
+                Ulimit(name="core", soft=0, hard=0),
+                Ulimit(name="nofile", soft=open_files, hard=open_files),
+                Ulimit(name="nproc", soft=_USER_PROCESSES, hard=_USER_PROCESSES),
+            ],
+            tmpfs={"/workspace": f"{tmpfs},{workspace}", "/tmp": f"{tmpfs},mode=1777"},
         ),
     }
 
@@ -174,11 +193,12 @@ def remove(client: docker.APIClient, name: str) -> None:
                 return
             time.sleep(0.01)
         except APIError as error:
-            if error.status_code != 409:  # 409: its automatic removal is under way
-                raise SandboxError(f"container {name} could not be removed: {error}") from error
+            # its automatic removal is under way; Podman has no code for that
+            if error.status_code != 409 and "container state improper" not in str(error):
+                raise SandboxError(f"container {name} could not be removed: {one_line(error)}") from error
             time.sleep(0.01)
         except FAILURES as error:
-            raise SandboxError(f"container {name} could not be removed: {error}") from error
+            raise SandboxError(f"container {name} could not be removed: {one_line(error)}") from error
     raise SandboxError(f"container {name} is still there after {_REMOVE_S:g} s")
 
 

@@ -41,6 +41,7 @@ class DockerBackend:
     name = "docker"
     _remedy = 'start one, set DOCKER_HOST, join the docker group, or use sandbox = "jail"'
     _urls: Callable[[], list[str]] = staticmethod(_containers.docker_urls)
+    _takes_tmpfs_options = True
 
     def __init__(self) -> None:
         self._client: docker.APIClient | None = None
@@ -57,7 +58,7 @@ class DockerBackend:
         """See `SandboxBackend.create`; raises `ConfigError` when there is no usable daemon."""
         client = await self._connected()
         box_id = f"palaestra-{os.getpid()}-{os.urandom(3).hex()}-{next(self._numbers)}"
-        config = _containers.describe(client, self._image, box_id, spec)
+        config = _containers.describe(client, self._image, box_id, spec, takes_tmpfs_options=self._takes_tmpfs_options)
         death = self._deaths[box_id] = asyncio.get_running_loop().create_future()
         # a future, not a task: the end of the loop cancels tasks, and the thread goes on all the same
         launch = asyncio.get_running_loop().run_in_executor(None, _containers.launch, client, config)
@@ -71,7 +72,7 @@ class DockerBackend:
             undoing.add_done_callback(self._undoing.discard)
             await asyncio.shield(undoing)  # goes on when this wait is cancelled too
             if isinstance(error, FAILURES):
-                raise SandboxError(f"{self.name} did not start a container: {error}") from error
+                raise SandboxError(f"{self.name} did not start a container: {_containers.one_line(error)}") from error
             raise
         box = Box(box_id, io, _ContainerHost(self.name, client, box_id, io, death), spec)
         self._boxes.add(box)
@@ -137,7 +138,7 @@ class DockerBackend:
             self._obituaries = await asyncio.to_thread(Obituaries, client, told)
         except FAILURES as error:
             client.close()
-            raise SandboxError(f"the {self.name} daemon does not serve: {error}") from error
+            raise SandboxError(f"the {self.name} daemon does not serve: {_containers.one_line(error)}") from error
         except BaseException:
             client.close()
             raise
@@ -155,6 +156,7 @@ class PodmanBackend(DockerBackend):
     name = "podman"
     _remedy = "run `systemctl start podman.socket` or `podman system service --time=0`, or set CONTAINER_HOST"
     _urls = staticmethod(_containers.podman_urls)
+    _takes_tmpfs_options = False
 
 
 class _AttachedIO:

@@ -93,6 +93,8 @@ class Server:
                 answer, blob = handlers[header["op"]](header)
             except UnicodeError:
                 answer, blob = {"errno": errno.EINVAL, "error": "the path is no text"}, b""
+            except RecursionError:
+                answer, blob = {"errno": errno.ENAMETOOLONG, "error": "the path is too deep"}, b""
             except OSError as error:
                 answer, blob = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}, b""
             self._channel.send({"id": header["id"], **answer}, blob)
@@ -104,7 +106,8 @@ class Server:
 
     def _exec(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         def enter() -> NoReturn:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and programs do not expect that
+                signal.signal(number, signal.SIG_DFL)
             argv = header["argv"]
             try:
                 os.execvpe(argv[0], argv, {**self._environment, **header["env"]})

@@ -87,7 +87,8 @@ class ManagedBackend:
             await self._refuse_missing(spec)
         queue_s = await self._alive.enter()
         try:
-            async with self._creating.held():
+            async with self._creating.held() as waited_s:
+                queue_s += waited_s
                 box = await self._raw.create(spec)
             try:
                 record = Record.write(

@@ -106,15 +106,23 @@ for reader in children.values():
 print(sum(os.waitpid(pid, os.WNOHANG)[0] == 0 for pid in children))
 """
 _FILL = """
-size = 0
-try:
-    for number in range(3):
-        with open(f"filler{number}", "wb", buffering=0) as file:
-            for _ in range(4):
-                size += file.write(bytes(1 << 20))
-except OSError:
-    pass
-print(size)
+import os
+sizes = []
+for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
+    names = [f"{place}/palaestra-filler-{os.getpid()}-{number}" for number in range(3)]
+    size = 0
+    try:
+        for name in names:
+            with open(name, "wb", buffering=0) as file:
+                for _ in range(4):
+                    size += file.write(bytes(1 << 20))
+    except OSError:
+        pass
+    for name in names:
+        if os.path.exists(name):
+            os.unlink(name)
+    sizes.append(size)
+print(max(sizes))
 """
 _FLOOD = """
 count = 0

@@ -9,16 +9,22 @@ import pytest
 from palaestra.sandboxes import Sandbox, SandboxBackend, SandboxSpec, check_backend, open_backend
 from tests.conftest import require
 
-_PARTS = {"jail": "bwrap", "docker": "docker"}
+BACKENDS = {"docker": "docker", "jail": "bwrap", "podman": "podman"}
+"""Every back end that contains something, and the part of the machine that it needs."""
 _reasons: dict[str, str | None] = {}
 
 
-@pytest.fixture(params=sorted(_PARTS))
-def backend_name(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
+def require_backend(name: str) -> None:
+    """Skip, or fail where its part is required, unless this machine can run such a box."""
     if name not in _reasons:
         _reasons[name] = check_backend(name)
-    require(_PARTS[name], _reasons[name])
+    require(BACKENDS[name], _reasons[name])
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend_name(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    require_backend(name)
     return name
 
 
