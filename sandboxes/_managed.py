@@ -106,6 +106,7 @@ class ManagedBackend:
         except BaseException:
             self._alive.leave()
             raise
+        queue_s += getattr(box, "queue_s", 0.0)  # a remote box waited over there too
         return LeasedBox(box, record, self._alive, self._running, queue_s)
 
     async def aclose(self) -> None:

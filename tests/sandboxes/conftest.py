@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from palaestra.sandboxes import Sandbox, SandboxBackend, SandboxSpec, check_backend, open_backend
 from tests.conftest import require
+from tests.sandboxes.remote_server import running_server
 
-_PARTS = {"jail": "bwrap", "docker": "docker"}
+_PARTS = {"jail": "bwrap", "docker": "docker", "remote": "bwrap"}
 _reasons: dict[str, str | None] = {}
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """A server of jails, for all tests of this worker."""
+    with running_server() as server:
+        yield server.url
 
 
 @pytest.fixture(params=sorted(_PARTS))
 def backend_name(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
+    if name == "remote":
+        require(_PARTS[name], check_once("jail"))
+        return str(request.getfixturevalue("server_url"))
+    require(_PARTS[name], check_once(name))
+    return name
+
+
+@pytest.fixture
+def held_here(backend_name: str) -> None:
+    """For tests that look at what this process holds for its boxes."""
+    if backend_name.startswith("http"):
+        pytest.skip("the server holds them: test_remote.py looks there")
+
+
+def check_once(name: str) -> str | None:
+    """See `check_backend`, asked once for a session."""
     if name not in _reasons:
         _reasons[name] = check_backend(name)
-    require(_PARTS[name], _reasons[name])
-    return name
+    return _reasons[name]
 
 
 @pytest.fixture
