@@ -23,6 +23,7 @@ _CONNECT_S = 10.0
 _SILENT_S = 30.0  # a server at work says so every few seconds
 _KEEP_S = 15.0  # sooner than the server and the usual proxies, whose closing would look like a lost answer
 _MAX_CALLS = 256
+_MAX_CREATING = 64
 _PIECE = 1 << 20
 _SLOWEST = 1 << 20  # bytes a second that a link must carry
 _STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
@@ -47,6 +48,8 @@ class Connection:
             transport=transport, headers=headers, timeout=httpx.Timeout(_SILENT_S, connect=_CONNECT_S, pool=None)
         )
         self._places = asyncio.Semaphore(_MAX_CALLS)
+        # apart, or creations that wait for a box to be closed would take every place to close one
+        self._creating = asyncio.Semaphore(_MAX_CREATING)
 
     async def call(
         self,
@@ -63,8 +66,9 @@ class Connection:
         """
         most_s = work_s + GRACE_S + len(blob) / _SLOWEST
         body = pack(header or {}, blob)
+        places = self._creating if op == "create" else self._places
         try:
-            async with asyncio.timeout(most_s) as scope, self._places:
+            async with asyncio.timeout(most_s) as scope, places:
                 return await self._exchange(op, body, on_piece)
         except TimeoutError as error:
             if not scope.expired():

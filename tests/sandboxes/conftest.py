@@ -8,25 +8,26 @@ import pytest
 
 from palaestra.sandboxes import Sandbox, SandboxBackend, SandboxSpec, check_backend, open_backend
 from tests.conftest import require
-from tests.sandboxes.remote_server import running_server
+from tests.sandboxes.remote_server import Server, running_server
 
 _PARTS = {"jail": "bwrap", "docker": "docker", "remote": "bwrap"}
 _reasons: dict[str, str | None] = {}
 
 
 @pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
+def server() -> Iterator[Server]:
     """A server of jails, for all tests of this worker."""
+    require(_PARTS["remote"], check_once("jail"))
     with running_server() as server:
-        yield server.url
+        yield server
 
 
 @pytest.fixture(params=sorted(_PARTS))
 def backend_name(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if name == "remote":
-        require(_PARTS[name], check_once("jail"))
-        return str(request.getfixturevalue("server_url"))
+        running: Server = request.getfixturevalue("server")
+        return running.url
     require(_PARTS[name], check_once(name))
     return name
 

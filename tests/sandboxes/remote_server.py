@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from palaestra.sandboxes._records import list_leases
+
 _START_S = 60.0
 _SERVE = """
 import json, sys
@@ -35,6 +37,10 @@ class Server:
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
+
+    def boxes(self) -> list[str]:
+        """The boxes that it holds, by the host's own list."""
+        return [lease.id for lease in list_leases() if lease.owner_pid == self.process.pid]
 
     def kill(self) -> None:
         """Its violent death."""
