@@ -80,7 +80,7 @@ class Answer(Response):
     async def _last_frame(self) -> bytes:
         try:
             header, blob = await self._work(self._emit)
-        except Exception as error:
+        except Exception as error:  # of any registered back end: its client must hear of it
             header, blob = error_header(error, self._op), b""
             if header["error"] == "sandbox":
                 _log.warning("%s: %s", self._op, header["text"])
