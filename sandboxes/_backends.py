@@ -24,6 +24,9 @@ _BUILT_IN = {
     _UNSAFE: ("palaestra.sandboxes._subprocess", "SubprocessBackend", Admission(max_boxes=64)),
 }
 
+# the server admits; this side only keeps its connections few
+_REMOTE = Admission(max_boxes=1 << 16, max_creating=64, max_running=128)
+
 
 def _built_in(module: str, name: str) -> BackendFactory:
     async def make() -> RawBackend:
@@ -63,7 +66,7 @@ async def open_backend(
     if name.startswith(("http://", "https://")):
         from palaestra.sandboxes._remote import RemoteBackend
 
-        return ManagedBackend(RemoteBackend(name), admission or Admission(), label)
+        return ManagedBackend(RemoteBackend(name), admission or _REMOTE, label)
     if name not in _factories:
         raise ConfigError(f"unknown sandbox back end {name!r}{nearest(name, list(_factories))}")
     if name == _UNSAFE and not allow_unsafe:

@@ -104,6 +104,7 @@ class ManagedBackend:
         except BaseException:
             self._alive.leave()
             raise
+        queue_s += getattr(box, "queue_s", 0.0)  # a remote box waited over there too
         leased = LeasedBox(box, record, self._alive, self._running, queue_s)
         self._boxes.add(leased)
         leased.on_closed = self._boxes.discard

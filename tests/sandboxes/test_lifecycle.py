@@ -33,6 +33,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.usefixtures("held_here")
 async def test_close_leaves_no_process_descriptor_cgroup_or_container(backend_name: str) -> None:
     before = len(os.listdir("/proc/self/fd")), set(children_of(os.getpid()))
     name = marker()
@@ -71,6 +72,7 @@ async def test_nothing_passes_from_one_box_to_the_next(backend: SandboxBackend) 
         await box.aclose()
 
 
+@pytest.mark.usefixtures("held_here")
 @pytest.mark.parametrize("moment", ["busy", "idle"])
 async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -> None:
     name = marker()
@@ -88,6 +90,7 @@ async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -
     assert await eventually(lambda: not traces_of(harness.pid))
 
 
+@pytest.mark.usefixtures("held_here")
 async def test_cancelled_creation_leaks_nothing(backend: SandboxBackend, backend_name: str) -> None:
     await (await backend.create(SandboxSpec())).aclose()  # warm up
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -138,6 +141,7 @@ async def test_creation_cancelled_in_the_turn_of_an_answer_leaks_nothing(
     assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
 
 
+@pytest.mark.usefixtures("held_here")
 @pytest.mark.parametrize("is_warm", [False, True])
 async def test_creation_cancelled_twice_leaves_nothing_after_the_backend(backend_name: str, is_warm: bool) -> None:
     before = set(children_of(os.getpid()))
@@ -207,6 +211,7 @@ async def test_a_zygote_that_does_not_answer_is_told_with_the_remedy(
         await backend.aclose()
 
 
+@pytest.mark.usefixtures("held_here")
 async def test_many_lifecycles_leave_counts_flat(backend: SandboxBackend, backend_name: str) -> None:
     async def live(count: int) -> None:
         for _ in range(count):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from dataclasses import asdict
 from typing import Annotated
@@ -91,15 +90,14 @@ def bench(
 @app.command("serve")
 def serve_sandboxes(
     backend: Annotated[str, typer.Option(help="Back end to offer.")] = "jail",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8470,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any free one.")] = 8766,
+    lease_s: Annotated[float, typer.Option(help="Boxes of a client that was silent for so long end.")] = 60.0,
 ) -> None:
-    """Offer this machine's sandboxes over HTTP; the token is read from PALAESTRA_SANDBOX_TOKEN."""
-    from palaestra.cli._options import interruptible
+    """Offer this machine's sandboxes over HTTP to clients which show PALAESTRA_SANDBOX_TOKEN, until told to stop."""
     from palaestra.sandboxes.server import serve
 
-    with interruptible("every sandbox was closed"):
-        serve(host, port, backend, os.environ.get("PALAESTRA_SANDBOX_TOKEN"))
+    serve(host, port, backend, lease_s=lease_s, on_ready=lambda url: typer.echo(f"sandboxes at {url}"))
 
 
 def _span(seconds: float) -> str:

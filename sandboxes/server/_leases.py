@@ -1,0 +1,123 @@
+"""Which box is which client's, and since when it was not named.
+
+Invariant: a box ends when its client closed it, hung up in the middle of something, or has not named it for a lease;
+all end with `aclose`. An unknown key and another client's key are the same error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from palaestra.errors import SandboxError
+from palaestra.sandboxes._protocol import Sandbox
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One box of one client."""
+
+    client: str
+    key: str
+    box: Sandbox
+    named_s: float
+    """When its client spoke of it last, on the loop's clock."""
+
+
+class Leases:
+    """All boxes of all clients. Use as an async context manager on the loop of the back end."""
+
+    def __init__(self, lease_s: float) -> None:
+        self.lease_s = lease_s
+        self._held: dict[tuple[str, str], Held] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def add(self, client: str, box: Sandbox) -> Held:
+        """Take a box in; its key cannot be guessed."""
+        held = Held(client, secrets.token_hex(20), box, _now_s())
+        self._held[client, held.key] = held
+        if self._closed:
+            self.drop(held)
+            raise SandboxError("the sandbox server is shutting down")
+        return held
+
+    def get(self, client: str, key: str) -> Held:
+        """A box of this client, whose lease begins anew; raises `SandboxError` for any other."""
+        held = self._held.get((client, key))
+        if held is None:
+            raise SandboxError(
+                "the sandbox server does not hold this box: it was closed, its client was silent for longer than "
+                f"the lease of {self.lease_s:g} s, or the server was restarted"
+            )
+        held.named_s = _now_s()
+        return held
+
+    def renew(self, client: str, keys: Iterable[str]) -> None:
+        """Begin the leases of the named boxes anew; unknown ones are passed over."""
+        for key in keys:
+            if held := self._held.get((client, key)):
+                held.named_s = _now_s()
+
+    def drop(self, held: Held) -> asyncio.Task[None] | None:
+        """Forget a box and begin to close it; None when that is under way."""
+        if self._held.pop((held.client, held.key), None) is None:
+            return None
+        task = asyncio.create_task(_close(held.box), name=f"close {held.box.id}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        return task
+
+    async def close(self, client: str, key: str) -> None:
+        """Close one box and wait for it; one that is not held is closed already."""
+        held = self._held.get((client, key))
+        if held is not None and (task := self.drop(held)):
+            await asyncio.shield(task)
+
+    async def close_client(self, client: str) -> None:
+        """Close all boxes of a client and wait for them."""
+        await self._close_all([held for held in self._held.values() if held.client == client])
+
+    async def __aenter__(self) -> Self:
+        self._watch = asyncio.create_task(self._watch_leases(), name="sandbox leases")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+        await self._close_all(list(self._held.values()))
+        if self._closing:
+            await asyncio.wait(self._closing)  # a box's own close has a deadline
+
+    async def _close_all(self, boxes: list[Held]) -> None:
+        tasks = [task for held in boxes if (task := self.drop(held))]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _watch_leases(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.lease_s / 4))
+            for held in list(self._held.values()):
+                if _now_s() - held.named_s > self.lease_s:
+                    _log.warning("box %s ends: its client was silent for %g s", held.box.id, self.lease_s)
+                    self.drop(held)
+
+
+async def _close(box: Sandbox) -> None:
+    try:
+        await box.aclose()
+    except (SandboxError, OSError) as error:
+        _log.error("box %s could not be closed: %s", box.id, error)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
