@@ -50,8 +50,12 @@ class Site:
     policy: str = STRICT_POLICY
 
     def __post_init__(self) -> None:
-        if _origin(self.start_url) not in self.origins:
+        if not self.allows(self.start_url):
             raise ConfigError(f"start_url {self.start_url!r} is of no origin of the site: {', '.join(self.origins)}")
+
+    def allows(self, url: str) -> bool:
+        """Whether `url` is of one of the site's origins."""
+        return _origin(url) in self.origins
 
     def find(self, url: str) -> Resource | None:
         """The answer to a request for `url`, None when it is refused."""

@@ -31,12 +31,19 @@ class Tab:
     """A page that shows its site's start document. Opened, leased and closed by the pool."""
 
     def __init__(
-        self, chromium: Chromium, context: BrowserContext, page: Page, session: CDPSession, config: BrowserConfig
+        self,
+        chromium: Chromium,
+        site: Site,
+        context: BrowserContext,
+        page: Page,
+        session: CDPSession,
+        config: BrowserConfig,
     ) -> None:
         self.page = page
         self.failure: TabError | None = None
         """Set once the page or the browser died."""
         self.chromium = chromium
+        self._site = site
         self._context = context
         self._session = session
         self._config = config
@@ -68,8 +75,8 @@ class Tab:
                     await site.attach(context)
                     page = await context.new_page()
                     session = await context.new_cdp_session(page)
-                    tab = cls(chromium, context, page, session, config)
-                    await tab._begin(site)
+                    tab = cls(chromium, site, context, page, session, config)
+                    await tab._begin()
             except (PlaywrightError, TimeoutError) as error:
                 if isinstance(error, TimeoutError):
                     chromium.die(f"a tab did not open within {config.load_timeout_s:g} s")
@@ -78,11 +85,11 @@ class Tab:
             stack.pop_all()
         return tab
 
-    async def _begin(self, site: Site) -> None:
+    async def _begin(self) -> None:
         reply = await self._session.send("Target.getTargetInfo")
         self._target_id = reply["targetInfo"]["targetId"]
         self.chromium.watch(self._target_id, self._fail)
-        await self.page.goto(site.start_url, timeout=1000 * self._config.load_timeout_s)
+        await self.page.goto(self._site.start_url, timeout=1000 * self._config.load_timeout_s)
         await self._session.send("Accessibility.enable")
 
     @property
@@ -141,6 +148,16 @@ class Tab:
             self._deadlines.discard(deadline)
         self._num_unanswered -= 1
         return value
+
+    async def goto(self, url: str) -> None:
+        """Show another document of the site; raises `ValueError` when the site has no such origin.
+
+        The way for addresses that an agent gives: Playwright's own `goto` also opens Chromium's internal pages.
+        """
+        if not self._site.allows(url):
+            raise ValueError(f"{url!r} is of no origin of this site")
+        limit_s = self._config.load_timeout_s
+        await self.run(f"goto {url}", lambda: self.page.goto(url, timeout=1000 * limit_s), limit_s + 1.0)
 
     async def close(self) -> None:
         """Close the page with its context, or kill the browser; never raises for a page that is already gone."""
