@@ -24,7 +24,7 @@ class BrowserConfig(Config):
     """JavaScript heap of one page's process; a page that needs more crashes."""
     leases_per_browser: Annotated[int, Field(ge=1)] = 2000
     """Leases after which another browser takes over; this one ends with its last lease."""
-    max_pss_mb: Annotated[int, Field(ge=128)] = 2560
+    max_pss_mb: Annotated[int, Field(ge=16)] = 2560
     """Memory in use, shared pages counted in part, above which another browser takes over likewise."""
     episodes_per_lease: Annotated[int, Field(ge=1)] = 500
     """Episodes for which an environment with trusted pages of its own may set one leased tab up anew."""

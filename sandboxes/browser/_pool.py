@@ -173,7 +173,7 @@ class BrowserPool:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._ready.append(waiter.result())  # it came just too late: the next one's
+            self._hand(waiter.result())  # it came just too late: the next one's
 
     def _fill(self) -> None:
         """Open as many tabs as are waited for or should be ready; each opener belongs to the pool, not to a lease."""
@@ -220,8 +220,12 @@ class BrowserPool:
             else:
                 waiter.set_exception(result)
             return
-        if isinstance(result, Tab):
+        if not isinstance(result, Tab):
+            return
+        if len(self._ready) < self._config.num_ready and result.chromium is self._current:
             self._ready.append(result)
+        else:
+            self._enders.spawn(self._close(result))
 
     async def _browser(self) -> Chromium:
         """The browser for new tabs, started if there is none or the one at hand is worn."""

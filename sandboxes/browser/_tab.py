@@ -194,7 +194,7 @@ class Tab:
             async with asyncio.timeout(_REASON_TIMEOUT_S):
                 await self._has_failed.wait()
         if self.failure is None and self.page.is_closed() and await self.chromium.answers():
-            self.failure = TabError("the page closed itself", "page", "closed")
+            self.failure = TabError("the page was closed", "page", "closed")
         return self.failure or TabError(f"the page died: {_line(error)}", "browser", "died")
 
     def _on_page(self, page: Page) -> None:
