@@ -7,6 +7,8 @@
   const books = new Set(['expando', 'guid', 'cache', 'cssProps', 'cssHooks', 'event.global', 'event.fixHooks',
     'event.mouseHooks', 'event.keyHooks'].map((key) => `window.$.${key}`));
   const hash = (text) => { let h = 0; for (let i = 0; i < text.length; i++) h = (h * 31 + text.charCodeAt(i)) | 0; return h; };
+  const nodeType = Object.getOwnPropertyDescriptor(Node.prototype, 'nodeType').get;
+  const isNode = (value) => { try { return nodeType.call(value) > 0; } catch { return false; } };  // no prototype is
   function walk(path, value, depth) {
     if (value === null || (typeof value !== 'object' && typeof value !== 'function')) {
       lines.push(`${path} ${typeof value} ${String(value).slice(0, 300)}`);
@@ -17,7 +19,7 @@
     if (typeof value === 'function') lines.push(`${path} function ${hash(Function.prototype.toString.call(value))}`);
     else lines.push(`${path} ${Object.prototype.toString.call(value)}`);
     if (value instanceof Map || value instanceof Set) lines.push(`${path} size ${value.size}`);
-    if (depth > 12 || (value instanceof Node && value !== document)) return;
+    if (depth > 12 || (isNode(value) && value !== document)) return;
     for (const key of Reflect.ownKeys(value)) {
       const property = Object.getOwnPropertyDescriptor(value, key), name = `${path}.${String(key)}`;
       if (books.has(name) || /^jQuery\d+$/.test(String(key))) continue;
