@@ -79,9 +79,9 @@ async def test_cancelled_lease_leaves_no_context(pool: BrowserPool) -> None:
         lease.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await pool.release(await lease)
-    assert await eventually(lambda: pool._num_opening == 0)
-    await pool._enders.join()
-    assert (pool.num_leased, await pool.num_contexts()) == (0, 0)
+        assert await eventually(lambda: pool._num_opening == 0)
+        await pool._enders.join()
+        assert (pool.num_leased, await pool.num_contexts()) == (0, 0)
     async with pool.lease(), pool.lease():
         assert await pool.num_contexts() == 2
 
