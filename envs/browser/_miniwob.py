@@ -2,6 +2,8 @@
 
 Reward and end of an episode are the page's own: its raw reward without time decay, 1 for a full mark. A
 page's clock stands still between steps, so the page's time limit never strikes; the environment's limits do.
+The pages are the package's own and the agent only clicks, types and selects: a page that hangs or crashes is
+ours to mend (`SandboxError`), never the agent's reward.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from palaestra.envs._tools import ToolError, tool
 from palaestra.envs.browser._expert import MiniWoBExpert
 from palaestra.envs.browser._pages import COMPACT_PAGES, PAGES, TaskTable
 from palaestra.envs.browser._screen import INSTRUCTIONS, Screen, first_text, next_text
+from palaestra.envs.browser._shelf import TabShelf
 from palaestra.envs.browser._stage import stage_site
 from palaestra.errors import ConfigError, TaskError
 from palaestra.sandboxes.browser import BrowserConfig, BrowserPool, Tab
@@ -50,7 +53,7 @@ class MiniWoB(Env):
         self._table = TaskTable(self.form, chosen)
         self._browser = _browser_config(browser)
         self.num_tasks = self._table.num_tasks
-        self._pool: BrowserPool | None = None
+        self._shelf: TabShelf | None = None
         self._tab: Tab | None = None
         self._screen: Screen | None = None
 
@@ -61,12 +64,9 @@ class MiniWoB(Env):
     async def begin(self, task: Task) -> Observation:
         """Set the page up in a leased tab; raises `ConfigError` without a browser, `SandboxError` when it fails."""
         self._screen = None
-        self._pool = await self.resources.get(self._key, self._start_pool)
-        if not self._pool.is_alive:
-            self.resources.forget(self._key, self._pool)
-            self._pool = await self.resources.get(self._key, self._start_pool)
+        self._shelf = await self.resources.get(self._key, self._start_shelf)
         try:
-            self._tab = await self._pool.acquire()
+            self._tab = await self._shelf.take()
             is_compact = self.form == "compact"
             reply = await self._tab.call("palaestra.begin", task.data["page"], str(task.data["seed"]), is_compact)
         except BaseException:
@@ -83,14 +83,10 @@ class MiniWoB(Env):
         return {"success": float(reward >= 1.0), "page_reward": reward}
 
     async def end(self) -> None:
-        """Give the tab back, and forget a browser that died."""
-        pool, tab, self._tab = self._pool, self._tab, None
-        if pool is None:
-            return
-        if not pool.is_alive:
-            self.resources.forget(self._key, pool)
-        if tab is not None:
-            await pool.release(tab)
+        """Give the tab back."""
+        tab, self._tab = self._tab, None
+        if self._shelf is not None and tab is not None:
+            await self._shelf.give_back(tab)
 
     def expert(self) -> Expert:
         """Solves every supported page from the observations of either form."""
@@ -115,8 +111,8 @@ class MiniWoB(Env):
     def _key(self) -> tuple[str, BrowserConfig]:
         return ("miniwob browser", self._browser)
 
-    async def _start_pool(self) -> BrowserPool:
-        return await BrowserPool.start(stage_site(PAGES), self._browser)
+    async def _start_shelf(self) -> TabShelf:
+        return TabShelf(await BrowserPool.start(stage_site(PAGES), self._browser), self._browser)
 
     async def _act(self, kind: str, ref: int, text: str) -> str:
         if self._tab is None or self._screen is None:

@@ -60,7 +60,7 @@ def stage_site(pages: Sequence[str]) -> Site:
             return Resource(document, "text/html; charset=utf-8")
         return _read(root, path)
 
-    return Site(ORIGIN, _STAGE_PATH, serve)
+    return Site(ORIGIN + _STAGE_PATH, {ORIGIN: serve})
 
 
 @cache

@@ -75,5 +75,6 @@
     advance, reset, real,
     isClickable: (element) => clickable.has(element) || typeof element.onclick === 'function',
     keepListeners: () => { listeners = []; },
+    state: () => [now, nextId, Array.from(timers.values(), (timer) => timer.at), listeners.length],
   };
 })();

@@ -1,7 +1,10 @@
-"""A pool of browser pages behind one Chromium, without a network."""
+"""A pool of fresh browser tabs behind one Chromium, without a network."""
 
+from palaestra.sandboxes.browser._config import BrowserConfig
+from palaestra.sandboxes.browser._errors import TabError
 from palaestra.sandboxes.browser._launch import find_chromium
-from palaestra.sandboxes.browser._pool import BrowserConfig, BrowserPool
-from palaestra.sandboxes.browser._tab import Resource, Site, Tab
+from palaestra.sandboxes.browser._pool import BrowserPool
+from palaestra.sandboxes.browser._site import STRICT_POLICY, Resource, Site
+from palaestra.sandboxes.browser._tab import Tab
 
-__all__ = ["BrowserConfig", "BrowserPool", "Resource", "Site", "Tab", "find_chromium"]
+__all__ = ["STRICT_POLICY", "BrowserConfig", "BrowserPool", "Resource", "Site", "Tab", "TabError", "find_chromium"]

@@ -1,163 +1,285 @@
-"""One Chromium, many tabs, one lease at a time for each.
+"""Fresh tabs of one site, one lease each, behind one Chromium that is replaced when it dies or is worn.
 
-Invariants: a tab is leased to one episode at a time; a tab that broke is closed and replaced; when the
-browser dies every lease fails with `SandboxError` and `is_alive` turns false; after `aclose`, and after the
-death of this process, no browser process is left.
+Invariants: a lease gets a browser context that nobody used before, and it is closed with the lease; when the
+browser dies its leases fail with `TabError` by `browser`, and the next lease starts another browser, a bounded
+number of times; after `aclose`, and after the death of this process, no browser process is left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import tempfile
-from pathlib import Path
+import time
+from collections import deque
+from collections.abc import AsyncIterator
 
-from playwright.async_api import Browser, Playwright, async_playwright
-from playwright.async_api import Error as PlaywrightError
-
-from palaestra.config import Config
 from palaestra.errors import SandboxError
-from palaestra.sandboxes.browser._launch import Isolation, Launcher, find_chromium, flags_for, write_launcher
-from palaestra.sandboxes.browser._tab import Site, Tab
+from palaestra.sandboxes._cgroups import MemoryCgroups
+from palaestra.sandboxes.browser._chores import Chores
+from palaestra.sandboxes.browser._chromium import Chromium
+from palaestra.sandboxes.browser._config import BrowserConfig
+from palaestra.sandboxes.browser._launch import Isolation
+from palaestra.sandboxes.browser._processes import memory_mb
+from palaestra.sandboxes.browser._site import Site
+from palaestra.sandboxes.browser._tab import Tab
 
-
-class BrowserConfig(Config):
-    """What one browser may use."""
-
-    max_tabs: int = 16
-    """Tabs open at once, above 0; further leases wait. One costs about 100 MB."""
-    leases_per_tab: int = 500
-    """Episodes after which a tab is closed and replaced, above 0."""
-    launch_timeout_s: float = 30.0
-    """Start of the browser, in seconds."""
-    load_timeout_s: float = 20.0
-    """Opening of one tab, in seconds."""
-    lease_timeout_s: float = 60.0
-    """Waiting for a free tab, in seconds."""
-    call_timeout_s: float = 10.0
-    """One call into a page, in seconds; then the page counts as hung."""
+_MAX_OPENING = 4
+_LEASES_PER_LOOK = 10
 
 
 class BrowserPool:
     """Tabs of one site. Belongs to the event loop it was started on."""
 
-    def __init__(
-        self,
-        site: Site,
-        config: BrowserConfig,
-        browser: Browser,
-        launcher: Launcher,
-        stack: contextlib.AsyncExitStack,
-    ) -> None:
+    def __init__(self, site: Site, config: BrowserConfig, cgroups: MemoryCgroups | None) -> None:
         self._site = site
         self._config = config
-        self._browser = browser
-        self._stack = stack
+        self._cgroups = cgroups
         self._free = asyncio.Semaphore(config.max_tabs)
-        self._idle: list[Tab] = []
+        self._ready: deque[Tab] = deque()
+        self._waiters: deque[asyncio.Future[Tab]] = deque()
         self._leased: set[Tab] = set()
-        self.isolation: Isolation = launcher.isolation
-        self.pid = launcher.read_pid()
-        # A file descriptor of the process, since by the time of the kill its number may be another's.
-        stack.callback(_kill, os.pidfd_open(self.pid))
+        self._num_opening = 0
+        self._num_ended = 0
+        self._refills = True
+        self._openers, self._enders = Chores(), Chores()
+        self._browsers: set[Chromium] = set()
+        self._current: Chromium | None = None
+        self._is_bloated = False
+        self._starting = asyncio.Lock()
+        self._deaths: deque[tuple[float, str]] = deque()
+        self._isolation: Isolation | None = None
+        self._is_closed = False
 
     @classmethod
     async def start(
         cls, site: Site, config: BrowserConfig | None = None, *, isolation: Isolation | None = None
     ) -> BrowserPool:
         """Start the browser. Raises `ConfigError` when there is none, `SandboxError` when it does not start."""
-        config = config or BrowserConfig()
-        chromium = find_chromium()
-        async with contextlib.AsyncExitStack() as stack:
-            # Gone once the browser runs, so that not even a SIGKILL of this process leaves it behind.
-            with tempfile.TemporaryDirectory(prefix="palaestra-browser-") as directory:
-                launcher = await asyncio.to_thread(write_launcher, Path(directory), chromium, isolation)
-                try:
-                    async with asyncio.timeout(config.launch_timeout_s):
-                        playwright = await async_playwright().start()
-                        stack.push_async_callback(_stop, playwright)
-                        browser = await _launch(playwright, launcher, chromium)
-                except (PlaywrightError, TimeoutError) as error:
-                    reason = (str(error) or f"not ready within {config.launch_timeout_s:g} s").splitlines()[0]
-                    raise SandboxError(f"{chromium} did not start: {reason}") from error
-                pool = cls(site, config, browser, launcher, stack)
-            pool._stack = stack.pop_all()
+        pool = cls(site, config or BrowserConfig(), await MemoryCgroups.open())
+        pool._isolation = isolation
+        try:
+            first = await pool._browser()
+        except BaseException:
+            await pool.aclose()
+            raise
+        pool._isolation = first.isolation  # another browser must not have less
+        pool._fill()
         return pool
 
     @property
-    def is_alive(self) -> bool:
-        """False once the browser died; the pool is of no use then, close it and start another."""
-        return self._browser.is_connected()
+    def isolation(self) -> Isolation:
+        """How its browsers are kept from the network and the host's files."""
+        assert self._isolation is not None, "known since the start"
+        return self._isolation
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether the kernel holds the browser to `memory_mb`."""
+        return self._current is not None and self._current.limits_memory
+
+    @property
+    def pid(self) -> int:
+        """The outermost process of the browser that serves new leases, or of the last one that did."""
+        assert self._current is not None, "one was there since the start"
+        return self._current.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """The same for every browser that still runs."""
+        return sorted(browser.pid for browser in self._browsers if browser.is_alive)
+
+    @property
+    def num_leased(self) -> int:
+        """Leases that have not ended."""
+        return len(self._leased)
+
+    async def num_contexts(self) -> int:
+        """Open contexts by the browsers' own count: leased tabs and those kept ready."""
+        return sum([await browser.num_contexts() for browser in list(self._browsers) if browser.is_alive])
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[Tab]:
+        """A fresh tab that shows the site's start document, closed at the end of the block.
+
+        Raises `SandboxError` when no tab comes free in time or no browser can be had.
+        """
+        tab = await self.acquire()
+        try:
+            yield tab
+        finally:
+            await self.release(tab)
 
     async def acquire(self) -> Tab:
-        """A tab that shows the site's start document, maybe one used before; give it back with `release`.
-
-        Raises `SandboxError` when the browser is dead, or no tab comes free in time.
-        """
+        """As `lease`, for those who cannot use a block; give it back with `release`."""
         try:
             async with asyncio.timeout(self._config.lease_timeout_s):
                 await self._free.acquire()
         except TimeoutError as error:
             raise SandboxError(f"no browser tab came free within {self._config.lease_timeout_s:g} s") from error
         try:
-            tab = self._idle.pop() if self._idle else await self._open()
+            tab = await self._take()
         except BaseException:
             self._free.release()
             raise
-        tab.num_leases += 1
         self._leased.add(tab)
+        self._fill()
         return tab
 
     async def release(self, tab: Tab) -> None:
-        """Take a tab back. It is closed if it broke or is worn out; its next user must not trust its state."""
-        if tab not in self._leased:
-            return
-        self._leased.remove(tab)
-        try:
-            if tab.is_broken or tab.num_leases >= self._config.leases_per_tab or not self.is_alive:
-                await tab.close()
-            else:
-                self._idle.append(tab)
-        finally:
-            self._free.release()
+        """End a lease: its tab is closed, also when the caller is cancelled. A second time does nothing."""
+        if tab in self._leased:
+            self._leased.remove(tab)
+            await asyncio.shield(self._enders.spawn(self._end(tab)))
 
     async def aclose(self) -> None:
         """Close the browser and all its processes; idempotent."""
-        self._idle.clear()
-        with contextlib.suppress(PlaywrightError, TimeoutError):
-            async with asyncio.timeout(5.0):
-                await self._browser.close()
-        await self._stack.aclose()
+        self._is_closed = True
+        self._openers.cancel()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(SandboxError("the browser pool was closed"))
+        await self._openers.join()
+        self._ready.clear()
+        for browser in list(self._browsers):
+            self._enders.spawn(self._bury(browser))
+        await self._enders.join()
+        cgroups, self._cgroups = self._cgroups, None
+        if cgroups is not None:
+            await cgroups.aclose()
+
+    async def _take(self) -> Tab:
+        if self._is_closed:
+            raise SandboxError("the browser pool is closed")
+        while self._ready:
+            tab = self._ready.popleft()
+            if not tab.is_broken:
+                return tab
+            self._enders.spawn(self._close(tab))
+        waiter: asyncio.Future[Tab] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._refills = True
+        self._fill()
+        limit_s = self._config.launch_timeout_s + self._config.load_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await waiter
+        except BaseException as error:
+            self._forget(waiter)
+            if isinstance(error, TimeoutError):
+                raise SandboxError(f"no browser tab opened within {limit_s:g} s") from error
+            raise
+
+    def _forget(self, waiter: asyncio.Future[Tab]) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self._hand(waiter.result())  # it came just too late: the next one's
+
+    def _fill(self) -> None:
+        """Open as many tabs as are waited for or should be ready; each opener belongs to the pool, not to a lease."""
+        is_up = self._current is not None and self._current.is_alive
+        spare = self._config.num_ready - len(self._ready) if is_up and self._refills else 0
+        missing = len(self._waiters) + max(0, spare) - self._num_opening
+        for _ in range(0 if self._is_closed else min(missing, _MAX_OPENING - self._num_opening)):
+            self._num_opening += 1
+            self._openers.spawn(self._open_one())
+
+    async def _open_one(self) -> None:
+        try:
+            tab = await self._open()
+        except Exception as error:  # whatever it is, it is for the lease that waits
+            self._num_opening -= 1
+            self._refills = False  # until somebody asks again
+            if not self._waiters:
+                raise
+            self._hand(error)
+        except asyncio.CancelledError:
+            self._num_opening -= 1
+            raise
+        else:
+            self._num_opening -= 1
+            self._hand(tab)
+        self._fill()
 
     async def _open(self) -> Tab:
-        return await Tab.open(
-            self._browser,
-            self._site,
-            call_timeout_s=self._config.call_timeout_s,
-            load_timeout_s=self._config.load_timeout_s,
-        )
+        browser = await self._browser()
+        try:
+            return await Tab.open(browser, self._site, self._config)
+        except SandboxError:
+            if browser.is_alive:
+                raise
+        return await Tab.open(await self._browser(), self._site, self._config)
 
+    def _hand(self, result: Tab | Exception) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if waiter.done():  # given up meanwhile
+                continue
+            if isinstance(result, Tab):
+                waiter.set_result(result)
+            else:
+                waiter.set_exception(result)
+            return
+        if not isinstance(result, Tab):
+            return
+        if len(self._ready) < self._config.num_ready and result.chromium is self._current:
+            self._ready.append(result)
+        else:
+            self._enders.spawn(self._close(result))
 
-async def _launch(playwright: Playwright, launcher: Launcher, chromium: Path) -> Browser:
-    return await playwright.chromium.launch(
-        executable_path=launcher.script,
-        args=list(flags_for(chromium)),
-        # Ctrl-C is this process's to handle; the browser ends with it.
-        handle_sigint=False,
-        handle_sigterm=False,
-        handle_sighup=False,
-    )
+    async def _browser(self) -> Chromium:
+        """The browser for new tabs, started if there is none or the one at hand is worn."""
+        async with self._starting:
+            old = self._current
+            is_worn = self._is_bloated or (old is not None and old.num_opened >= self._config.leases_per_browser)
+            if old is not None and old.is_alive and not is_worn:
+                return old
+            self._refuse_too_many_deaths()
+            try:
+                new = await Chromium.start(self._config, self._cgroups, self._isolation)
+            except SandboxError as error:
+                self._deaths.append((time.monotonic(), str(error)))
+                raise
+            new.on_death = self._on_death
+            self._browsers.add(new)
+            self._current, self._is_bloated = new, False
+            for tab in self._ready:
+                self._enders.spawn(self._close(tab))
+            self._ready.clear()
+            if old is not None:
+                self._end_if_drained(old)
+            return new
 
+    def _refuse_too_many_deaths(self) -> None:
+        start = time.monotonic() - self._config.restart_window_s
+        while self._deaths and self._deaths[0][0] < start:
+            self._deaths.popleft()
+        if len(self._deaths) > self._config.max_restarts:
+            times = f"{len(self._deaths)} times within {self._config.restart_window_s:g} s"
+            raise SandboxError(f"the browser failed {times}, lastly: {self._deaths[-1][1]}")
 
-async def _stop(playwright: Playwright) -> None:
-    with contextlib.suppress(PlaywrightError, TimeoutError):
-        async with asyncio.timeout(5.0):
-            await playwright.stop()
+    def _on_death(self, browser: Chromium) -> None:
+        self._deaths.append((time.monotonic(), str(browser.failure)))
+        self._enders.spawn(self._bury(browser))
 
+    async def _bury(self, browser: Chromium) -> None:
+        await browser.aclose()
+        self._browsers.discard(browser)
 
-def _kill(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, signal.SIGKILL)
-    os.close(process)
+    async def _end(self, tab: Tab) -> None:
+        try:
+            await self._close(tab)
+            self._num_ended += 1
+            if self._num_ended % _LEASES_PER_LOOK == 0 and tab.chromium is self._current and tab.chromium.is_alive:
+                used_mb = await asyncio.to_thread(memory_mb, tab.chromium.pid)
+                self._is_bloated = tab.chromium is self._current and used_mb > self._config.max_pss_mb
+        finally:
+            self._free.release()
+
+    async def _close(self, tab: Tab) -> None:
+        await tab.close()
+        self._end_if_drained(tab.chromium)
+
+    def _end_if_drained(self, browser: Chromium) -> None:
+        if browser is not self._current and browser.num_tabs == 0 and browser.is_alive:
+            self._enders.spawn(self._bury(browser))

@@ -1,7 +1,7 @@
 """One page of the pool in a browser context of its own, driven over the DevTools protocol.
 
-Invariants: every wait has a deadline; a call that failed, hung or was cancelled breaks the tab, and a broken
-tab is never leased again; the page reaches only what its site serves.
+Invariants: every wait has a deadline; a call that failed, hung or was cancelled breaks the tab; the page
+reaches only what its site serves; a failure says whose doing it was, the page's or the browser's.
 """
 
 from __future__ import annotations
@@ -9,151 +9,221 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-from playwright.async_api import Browser, BrowserContext, CDPSession, Page, Route
+from playwright.async_api import BrowserContext, CDPSession, Page
 from playwright.async_api import Error as PlaywrightError
 
 from palaestra.errors import SandboxError, TaskError
+from palaestra.sandboxes.browser._chores import Chores
+from palaestra.sandboxes.browser._chromium import Chromium
+from palaestra.sandboxes.browser._config import BrowserConfig
+from palaestra.sandboxes.browser._errors import TabError
+from palaestra.sandboxes.browser._site import Site
 
-_CLOSE_TIMEOUT_S = 5.0
+_REASON_TIMEOUT_S = 1.0
 
-# The document gets an opaque origin: no cookies, no storage, no popups, no modal dialogs, no way out.
-_HEADERS = {
-    "Content-Security-Policy": "sandbox allow-scripts allow-forms; connect-src 'none'; frame-src 'none'; "
-    "worker-src 'none'; form-action 'none'; object-src 'none'",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """What a site answers to one path."""
-
-    body: bytes
-    content_type: str
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A set of files served to the browser from memory; nothing else can be loaded.
-
-    `start_path` is the document that every tab shows, `serve` maps a path without query to its resource.
-    """
-
-    origin: str
-    start_path: str
-    serve: Callable[[str], Resource | None]
+ValueT = TypeVar("ValueT")
 
 
 class Tab:
-    """A page that shows its site's start document. Made, leased and closed by the pool."""
+    """A page that shows its site's start document. Opened, leased and closed by the pool."""
 
-    def __init__(self, context: BrowserContext, page: Page, session: CDPSession, call_timeout_s: float) -> None:
+    def __init__(
+        self,
+        chromium: Chromium,
+        site: Site,
+        context: BrowserContext,
+        page: Page,
+        session: CDPSession,
+        config: BrowserConfig,
+    ) -> None:
+        self.page = page
+        self.failure: TabError | None = None
+        """Set once the page or the browser died."""
+        self.chromium = chromium
+        self._site = site
         self._context = context
         self._session = session
-        self._call_timeout_s = call_timeout_s
-        self.page = page
-        self.num_leases = 0
-        self._is_calling = False
+        self._config = config
+        self._target_id = ""
+        self._num_unanswered = 0
         self._is_spoilt = False
-        self._is_crashed = False
-        self._deadline: asyncio.Timeout | None = None
-        page.on("crash", lambda _: self._crash())
-        context.on("page", lambda _: self.spoil())  # nothing we serve can open a page
+        self._is_closed = False
+        self._has_failed = asyncio.Event()
+        self._deadlines: set[asyncio.Timeout] = set()
+        self._chores = Chores()
+        context.on("page", self._on_page)
 
     @classmethod
-    async def open(cls, browser: Browser, site: Site, *, call_timeout_s: float, load_timeout_s: float) -> Tab:
-        """A new context with the start document loaded; raises `SandboxError` when it does not load."""
+    async def open(cls, chromium: Chromium, site: Site, config: BrowserConfig) -> Tab:
+        """A new context with the start document loaded; raises `SandboxError` when it does not load.
+
+        A caller that is cancelled meanwhile must end the browser: what was asked of it comes into being anyway.
+        """
+        chromium.num_opened += 1
+        chromium.num_tabs += 1
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(_leave, chromium)
             try:
-                async with asyncio.timeout(load_timeout_s):
-                    context = await browser.new_context(
+                async with asyncio.timeout(config.load_timeout_s):
+                    context = await chromium.browser.new_context(
                         service_workers="block", accept_downloads=False, locale="en-US", timezone_id="UTC"
                     )
-                    stack.push_async_callback(_close, context)
-                    await context.route("**/*", lambda route: _answer(route, site))
-                    await context.route_web_socket("**/*", lambda socket: socket.close())
+                    stack.push_async_callback(_close, chromium, context, config.close_timeout_s)
+                    await site.attach(context)
                     page = await context.new_page()
                     session = await context.new_cdp_session(page)
-                    await page.goto(site.origin + site.start_path)
-                    await session.send("Accessibility.enable")
+                    tab = cls(chromium, site, context, page, session, config)
+                    await tab._begin()
             except (PlaywrightError, TimeoutError) as error:
-                raise SandboxError(
-                    f"the browser did not load {site.origin}{site.start_path}: {_line(error)}"
-                ) from error
+                if isinstance(error, TimeoutError):
+                    chromium.die(f"a tab did not open within {config.load_timeout_s:g} s")
+                reason = chromium.failure or _line(error)
+                raise SandboxError(f"the browser did not load {site.start_url}: {reason}") from error
             stack.pop_all()
-        return cls(context, page, session, call_timeout_s)
+        return tab
+
+    async def _begin(self) -> None:
+        reply = await self._session.send("Target.getTargetInfo")
+        self._target_id = reply["targetInfo"]["targetId"]
+        self.chromium.watch(self._target_id, self._fail)
+        await self.page.goto(self._site.start_url, timeout=1000 * self._config.load_timeout_s)
+        await self._session.send("Accessibility.enable")
 
     @property
     def is_broken(self) -> bool:
         """Whether the page may be in any state: a call into it has no answer, or something happened to it."""
-        return self._is_calling or self._is_spoilt
+        return self._num_unanswered > 0 or self._is_spoilt or self.failure is not None
 
     def spoil(self) -> None:
-        """Say that the page must not be used again after this lease."""
+        """Say that nothing may rely on the page's state any more."""
         self._is_spoilt = True
 
     async def call(self, function: str, *arguments: object) -> Any:
         """Call a JavaScript function of the page by its dotted name, with JSON arguments and JSON result.
 
-        Raises `TaskError` when the page's code throws, `SandboxError` when the page or the browser does not answer.
+        Raises `TaskError` when the page's code throws, `TabError` when the page or the browser does not answer.
         """
         expression = f"{function}({', '.join(json.dumps(argument) for argument in arguments)})"
-        if self._is_crashed:
-            raise SandboxError("the page crashed")
-        parameters = {"expression": expression, "returnByValue": True, "timeout": 1000 * self._call_timeout_s}
-        self._is_calling = True  # until the answer is there: a cancelled call leaves it so
+        limit_s = self._config.call_timeout_s
+        parameters = {"expression": expression, "returnByValue": True, "timeout": 1000 * limit_s}
         try:
-            async with asyncio.timeout(self._call_timeout_s + 1.0) as self._deadline:
-                reply = await self._session.send("Runtime.evaluate", parameters)
-        except TimeoutError as error:
-            if self._is_crashed:
-                raise SandboxError(f"the page crashed during {function}") from error
-            raise SandboxError(f"the page did not answer {function} within {self._call_timeout_s:g} s") from error
+            reply = await self.run(function, lambda: self._session.send("Runtime.evaluate", parameters), limit_s + 1.0)
         except PlaywrightError as error:
-            raise SandboxError(f"the page died during {function}: {_line(error)}") from error
-        finally:
-            self._deadline = None
+            self.spoil()
+            if "terminated" in str(error):
+                raise TabError(f"the page did not answer {function} in {limit_s:g} s", "page", "timeout") from error
+            raise TabError(f"the page did not answer {function}: {_line(error)}", "page", "crash") from error
         if "exceptionDetails" in reply:
+            self.spoil()
             raise TaskError(f"the page threw in {expression}: {_exception(reply['exceptionDetails'])}")
-        self._is_calling = False
         return reply["result"].get("value")
 
+    async def run(self, what: str, start: Callable[[], Awaitable[ValueT]], timeout_s: float | None = None) -> ValueT:
+        """Await a Playwright call on this page within `call_timeout_s`: `tab.run("click", lambda: page.click("a"))`.
+
+        Raises `TabError` when the page or the browser failed; other errors of Playwright's pass through.
+        """
+        if self._is_closed:
+            raise SandboxError(f"{what} was asked of a tab whose lease has ended")
+        if self.failure is not None:
+            raise self.failure
+        limit_s = self._config.call_timeout_s if timeout_s is None else timeout_s
+        self._num_unanswered += 1  # until the answer is there: a cancelled call leaves it so
+        try:
+            async with asyncio.timeout(limit_s) as deadline:
+                self._deadlines.add(deadline)
+                value = await start()
+        except TimeoutError as error:
+            raise await self._why_late(what, limit_s) from error
+        except PlaywrightError as error:
+            failure = await self._why_gone(error)
+            if failure is not None:
+                raise failure from error
+            self._num_unanswered -= 1
+            raise
+        finally:
+            self._deadlines.discard(deadline)
+        self._num_unanswered -= 1
+        return value
+
+    async def goto(self, url: str) -> None:
+        """Show another document of the site; raises `ValueError` when the site has no such origin.
+
+        The way for addresses that an agent gives: Playwright's own `goto` also opens Chromium's internal pages.
+        """
+        if not self._site.allows(url):
+            raise ValueError(f"{url!r} is of no origin of this site")
+        limit_s = self._config.load_timeout_s
+        await self.run(f"goto {url}", lambda: self.page.goto(url, timeout=1000 * limit_s), limit_s + 1.0)
+
     async def close(self) -> None:
-        """Close the page with its context; never raises for a page that is already gone."""
+        """Close the page with its context, or kill the browser; never raises for a page that is already gone."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.chromium.unwatch(self._target_id)
+        try:
+            await _close(self.chromium, self._context, self._config.close_timeout_s)
+            self._chores.cancel()
+            await self._chores.join()
+        finally:
+            _leave(self.chromium)
+
+    def _fail(self, failure: TabError) -> None:
+        if self.failure is None:
+            self.failure = failure
+        self._has_failed.set()
+        for deadline in self._deadlines:  # a dead page never answers: do not wait for it
+            if not deadline.expired():
+                deadline.reschedule(0.0)
+
+    async def _why_late(self, what: str, limit_s: float) -> TabError:
+        if self.failure is None and not await self.chromium.answers():
+            self.chromium.die(f"the browser did not answer, nor a page {what}")
+        late = TabError(f"the page did not answer {what} within {limit_s:g} s", "page", "timeout")
+        return self.failure or self.chromium.failure or late
+
+    async def _why_gone(self, error: PlaywrightError) -> TabError | None:
+        """None when the page is still there: then the error is about the call alone."""
+        if "crashed" not in str(error) and "closed" not in str(error):
+            return None
+        with contextlib.suppress(TimeoutError):  # the reason comes by another way, soon
+            async with asyncio.timeout(_REASON_TIMEOUT_S):
+                await self._has_failed.wait()
+        if self.failure is None and self.page.is_closed() and await self.chromium.answers():
+            self.failure = TabError("the page was closed", "page", "closed")
+        return self.failure or TabError(f"the page died: {_line(error)}", "browser", "died")
+
+    def _on_page(self, page: Page) -> None:
         self.spoil()
-        await _close(self._context)
-
-    def _crash(self) -> None:
-        self._is_spoilt = self._is_crashed = True
-        if self._deadline is not None and not self._deadline.expired():
-            self._deadline.reschedule(0.0)  # a crashed page never answers: do not wait for it
+        if len(self._context.pages) > self._config.max_pages:
+            self._chores.spawn(_close_page(page, self._config.close_timeout_s))
 
 
-async def _answer(route: Route, site: Site) -> None:
-    url = route.request.url
-    path = url.removeprefix(site.origin).partition("?")[0].partition("#")[0]
-    resource = site.serve(path) if url.startswith(site.origin + "/") else None
+async def _close_page(page: Page, timeout_s: float) -> None:
+    with contextlib.suppress(PlaywrightError, TimeoutError):  # it goes with its context
+        async with asyncio.timeout(timeout_s):
+            await page.close()
+
+
+async def _close(chromium: Chromium, context: BrowserContext, timeout_s: float) -> None:
+    if chromium.failure is not None:
+        return
     try:
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            if resource is None:
-                await route.abort("blockedbyclient")
-            else:
-                headers = {**_HEADERS, "Content-Type": resource.content_type}
-                await route.fulfill(body=resource.body, headers=headers)
-    except (PlaywrightError, TimeoutError):
-        pass  # the page went away before its answer came
-
-
-async def _close(context: BrowserContext) -> None:
-    try:
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await context.close()
-    except (PlaywrightError, TimeoutError):
-        pass  # gone with its browser, or hung: then the pool ends the browser
+    except TimeoutError:
+        chromium.die(f"a tab did not close within {timeout_s:g} s")
+    except PlaywrightError:
+        if not await chromium.answers():  # else it was gone already
+            chromium.die("the browser did not answer when a tab was closed")
+
+
+def _leave(chromium: Chromium) -> None:
+    chromium.num_tabs -= 1
 
 
 def _line(error: BaseException) -> str:

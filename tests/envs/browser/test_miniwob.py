@@ -12,12 +12,12 @@ import pytest
 
 from palaestra.envs.browser import MiniWoB
 from palaestra.envs.browser._pages import COMPACT_PAGES, PAGES
+from palaestra.envs.browser._shelf import TabShelf
 from palaestra.errors import SandboxError, TaskError
 from palaestra.resources import Resources
-from palaestra.sandboxes.browser import BrowserConfig, BrowserPool
+from palaestra.sandboxes.browser import BrowserConfig
 from palaestra.types import Form, Message
 from tests.envs.browser.players import Played, call, play_expert, play_fixed, play_sloppy, task_of
-from tests.sandboxes.hostview import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -25,8 +25,8 @@ _FORMS_AND_PAGES = [("compact", page) for page in COMPACT_PAGES] + [("full", pag
 _TASKS_PER_PAGE = 20
 
 
-async def _pool_of(env: MiniWoB) -> BrowserPool:
-    return await env.resources.get(env._key, env._start_pool)
+async def _shelf_of(env: MiniWoB) -> TabShelf:
+    return await env.resources.get(env._key, env._start_shelf)
 
 
 @pytest.mark.slow
@@ -163,14 +163,13 @@ async def test_killed_browser_is_an_error_and_the_next_episode_has_another(chrom
         env = MiniWoB(form="compact", resources=resources, browser=BrowserConfig(max_tabs=2))
         other = MiniWoB(form="compact", resources=resources, browser=BrowserConfig(max_tabs=2))
         await env.areset(options={"task": task_of("login-user", 3)})
-        pool = await _pool_of(env)
-        os.kill(pool.pid, signal.SIGKILL)
-        assert await eventually(lambda: not pool.is_alive)
+        killed = (await _shelf_of(env)).pool.pid
+        os.kill(killed, signal.SIGKILL)
         with pytest.raises(SandboxError):
             await env.astep(call("click", ref=1))
         for survivor in (env, other):
             assert (await play_expert(survivor, task_of("login-user", 3))).success == 1.0
-        assert await _pool_of(env) is await _pool_of(other)
+        assert (await _shelf_of(env)).pool.pids == [(await _shelf_of(other)).pool.pid] != [killed]
         await env.aclose()
         await other.aclose()
 
@@ -179,33 +178,9 @@ async def test_environments_take_only_the_tabs_they_use(resources: Resources) ->
     env = MiniWoB(form="compact", resources=resources)
     for index in range(3):
         await play_expert(env, env.make_task("train", index))
-    pool = await _pool_of(env)
-    assert not pool._leased
+    shelf = await _shelf_of(env)
+    assert shelf.num_used == 0
     await env.areset(options={"task": task_of("login-user", 3)})
-    assert len(pool._leased) == 1
+    assert shelf.num_used == 1
     await env.aclose()
-    assert not pool._leased
-
-
-async def test_state_of_an_episode_is_gone_in_the_next(resources: Resources) -> None:
-    env = MiniWoB(form="compact", resources=resources)
-    pool = await _pool_of(env)
-    tab = await pool.acquire()
-    await tab.call("palaestra.begin", "login-user", "3", True)
-    marks = (
-        "setInterval(() => { globalThis.leak = (globalThis.leak || 0) + 1 }, 10); setTimeout('leak = 1', 10);"
-        "document.addEventListener('click', () => { globalThis.leak = 1 }); core.leak = 1; window.onload = null;"
-        "document.body.insertAdjacentHTML('beforeend', '<button>leak</button>'); document.title = 'leak';"
-        "ui_utils.FIFTY_NAMES = ['leak']; WOB_REWARD_GLOBAL = 9; globalThis.leaked = 1; 1"
-    )
-    await tab.call("eval", marks)
-    await tab.call("palaestra.act", "type", 1, "leak")
-    reply = await tab.call("palaestra.begin", "login-user", "3", True)
-    await tab.call("palaestra.act", "click", 1, "")
-    left = await tab.call("eval", "[typeof leak, typeof leaked, core.leak, WOB_REWARD_GLOBAL, document.body.innerText]")
-    await pool.release(tab)
-    await env.aclose()
-    assert "leak" not in str(reply)
-    assert left[:2] == ["undefined", "undefined"]
-    assert left[3] == 0
-    assert "leak" not in str(left)
+    assert shelf.num_used == 0

@@ -38,13 +38,13 @@ def _site() -> Site:
 
     def serve(path: str) -> Resource | None:
         if not path.startswith("/miniwob/"):
-            return stage.serve(path)
+            return stage.find(ORIGIN + path)
         source = (miniwob_root() / path.lstrip("/")).read_text()
         source = source.replace("<head>", f"<head><script>{_own('clock.js')}</script>", 1)
         source = source.replace("</body>", f"<script>{_own('snapshot.js')}{_PLAIN}</script></body>", 1)
         return Resource(source.encode(), _HTML)
 
-    return Site(stage.origin, stage.start_path, serve)
+    return Site(stage.start_url, {ORIGIN: serve})
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -64,7 +64,6 @@ async def test_stage_and_page_agree(pool: BrowserPool, page: str) -> None:
         reply = await staged.call("palaestra.begin", page, seed, False)
         assert [reply["utterance"], reply["rows"]] == await plain.call("plain", seed)
     await pool.release(staged)
-    plain.spoil()  # it shows another document now
     await pool.release(plain)
 
 
@@ -88,9 +87,9 @@ async def test_roles_and_names_are_chromiums(pool: BrowserPool, page: str) -> No
 
 def test_site_serves_nothing_outside_the_package() -> None:
     site = stage_site(["login-user"])
-    assert site.serve("/core/core.js") is not None
+    assert site.find(ORIGIN + "/core/core.js") is not None
     for path in ("/../__init__.py", "/../../../../etc/passwd", "/nothing.html", "/", "//etc/passwd"):
-        assert site.serve(path) is None
+        assert site.origins[ORIGIN](path) is None
 
 
 def test_source_that_is_no_miniwob_page_is_refused() -> None:

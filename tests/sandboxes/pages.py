@@ -1,0 +1,95 @@
+"""Sites and looks from outside that the browser's tests share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from palaestra.errors import ConfigError
+from palaestra.sandboxes.browser import STRICT_POLICY, BrowserPool, Resource, Site, find_chromium
+from palaestra.sandboxes.browser._processes import family_of
+from tests.conftest import require
+from tests.sandboxes.hostview import eventually
+
+HTML = "text/html; charset=utf-8"
+PAGE = b"<!DOCTYPE html><body>hello<script>function twice(x) { return 2 * x }</script></body>"
+NO_POLICY = ""
+
+
+def require_chromium() -> None:
+    """Skip, or fail, when there is no Chromium."""
+    try:
+        find_chromium()
+    except ConfigError as error:
+        require("chromium", str(error))
+
+
+def site_of(body: bytes = PAGE, policy: str = STRICT_POLICY, origin: str = "http://site.invalid") -> Site:
+    """A site with one page."""
+    return Site(origin + "/", {origin: {"/": Resource(body, HTML)}.get}, policy)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def renderers_of(pool: BrowserPool) -> list[int]:
+    """Processes that run pages."""
+    return [pid for pid in family_of(pool.pid) if b"--type=renderer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@contextlib.asynccontextmanager
+async def bystander(pool: BrowserPool, limit_s: float = 15.0) -> AsyncIterator[None]:
+    """What happens inside takes bounded time and leaves a sibling's state and the next lease as they should be."""
+    started_s, num_contexts = time.monotonic(), await pool.num_contexts()
+    async with pool.lease() as sibling:
+        await sibling.call("eval", "window.kept = 'mine'")
+        yield
+        assert time.monotonic() - started_s < limit_s
+        assert await sibling.call("eval", "window.kept + twice(1)") == "mine2"
+    async with asyncio.timeout(5.0), pool.lease() as fresh:
+        assert await fresh.call("eval", "typeof kept + twice(2)") == "undefined4"
+    assert await pool.num_contexts() == num_contexts
+
+
+class Listener(asyncio.DatagramProtocol):
+    """A server on loopback that answers nobody and notes who came, by TCP or UDP."""
+
+    def __init__(self) -> None:
+        self.hits: list[str] = []
+
+    @property
+    def ways(self) -> set[str]:
+        """The attempts that came through: the last part of a request's path, or `udp`."""
+        return {hit.split()[1].strip("/?") if " " in hit else hit for hit in self.hits}
+
+    async def hears(self, ways: set[str]) -> bool:
+        """Whether all of these attempts come through in the end."""
+        return await eventually(lambda: ways <= self.ways)
+
+    async def __aenter__(self) -> Listener:
+        self._server = await asyncio.start_server(self._note, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        loop = asyncio.get_running_loop()
+        self._udp, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", self.port))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._udp.close()
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _note(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.hits.append((await reader.readline()).decode(errors="replace").strip())
+        writer.close()
+
+    def datagram_received(self, data: bytes, addr: object) -> None:
+        """A datagram, such as WebRTC sends to find its address."""
+        self.hits.append("udp")
