@@ -168,8 +168,7 @@ def describe(
 def launch(client: docker.APIClient, config: dict[str, Any]) -> socket.socket:
     """Create, attach and start a container; our end of its stdin and stdout."""
     client.create_container(**config)
-    params = {"stdin": 1, "stdout": 1, "stderr": 0, "stream": 1}
-    attached = client.attach_socket(config["name"], params=params)
+    attached = _attach(client, config["name"])
     # the response owns the connection; without its descriptor it closes cleanly and leaves ours open
     sock = socket.socket(fileno=attached._sock.detach())
     attached._response.close()
@@ -179,6 +178,14 @@ def launch(client: docker.APIClient, config: dict[str, Any]) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _attach(client: docker.APIClient, name: str) -> Any:
+    # not `client.attach_socket`, which waits for ever for a daemon that does not answer
+    params = {"stdin": 1, "stdout": 1, "stderr": 0, "stream": 1}
+    headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+    url = client._url("/containers/{0}/attach", name)
+    return client._get_raw_response_socket(client._post(url, params=params, headers=headers, stream=True))
 
 
 def remove(client: docker.APIClient, name: str) -> None:

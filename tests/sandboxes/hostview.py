@@ -45,9 +45,10 @@ def traces_of(pid: int) -> list[str]:
     # not glob, which fails where another process's folder goes away meanwhile
     walked = os.walk("/sys/fs/cgroup")
     traces = [os.path.join(parent, folder) for parent, folders, _ in walked for folder in folders if name in folder]
-    if shutil.which("docker"):
-        command = ["docker", "ps", "-aq", "--filter", f"name=palaestra-{pid}-"]
-        traces += subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
+    for engine in ("docker", "podman"):
+        if shutil.which(engine):
+            command = [engine, "ps", "-aq", "--filter", f"name=palaestra-{pid}-"]
+            traces += subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
     return traces
 
 

@@ -205,6 +205,8 @@ attempt("sparse", lambda: os.truncate("/workspace/first", 1 << 40))
     assert await _attempts(box, body) == {"large": "OSError", "first": "DONE", "second": "OSError", "sparse": "OSError"}
 
 
-async def test_inodes_are_limited(box: Sandbox) -> None:
+async def test_inodes_are_limited(backend: SandboxBackend, box: Sandbox) -> None:
+    if backend.name == "podman":
+        pytest.skip("podman cannot limit them; the abuse suite shows that it does not claim to")
     code = "try:\n    for n in range(200_000): open(f'/tmp/{n}', 'w').close()\nexcept OSError as e: print(e.errno)"
     assert (await box.run_python(code)).stdout == b"28\n"

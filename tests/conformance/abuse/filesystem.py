@@ -162,7 +162,7 @@ said["count"] = count
     free = os.statvfs(scene.folder).f_ffree
     said = await scene.ask(code, count=20_000 if scene.is_unsafe else 200_000)
     assert scene.is_unsafe or free - os.statvfs(scene.folder).f_ffree < 50_000
-    return said.get("errno") == "ENOSPC" and 1000 < said["count"] < 20_000
+    return bool(said.get("errno") == "ENOSPC" and 1000 < said["count"] < 20_000)
 
 
 _SPARSE = """

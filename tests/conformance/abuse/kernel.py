@@ -103,7 +103,7 @@ async def _(scene: Scene) -> bool:
     said: dict[str, str] = {}
     other = await scene.make()
     for ring in rings:
-        told = {"mark": scene.marker, "ring": ring}
+        told: dict[str, Any] = {"mark": scene.marker, "ring": ring}
         added = await scene.ask(_ADD_KEY, **told)
         found = await scene.ask(_FIND_KEY, box=other, **told)
         assert not scene.is_unsafe or (added["add"], found["find"]) == (DONE, DONE)

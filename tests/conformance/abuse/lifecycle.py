@@ -45,7 +45,11 @@ def _mounts() -> set[str]:
     return {point for point in points if not point.startswith(("/var/lib/", "/run/docker", "/run/containerd"))}
 
 
-@attempt(58, "killed-harness", Capability.NO_LEFTOVERS)
+_HERE = ("docker", "jail", "podman", "subprocess")
+"""Back ends without a server of ours, whose own end is in tests/sandboxes/test_remote_ends.py."""
+
+
+@attempt(58, "killed-harness", Capability.NO_LEFTOVERS, backends=_HERE)
 async def _(scene: Scene) -> bool:
     gone = [await _is_gone_with_its_harness(scene, moment) for moment in ("busy", "idle")]
     for pid in processes_with(f"sleep\0{scene.marker}"):  # without isolation
@@ -81,24 +85,23 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _counts() -> dict[str, int]:
-    """What this process holds on the machine."""
-    ours = os.getpid()
+def _counts(holder_pid: int) -> dict[str, int]:
+    """What the holder of the boxes has on the machine, and how many tasks this process has."""
     return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "processes": len(_descendants(ours)),
+        "descriptors": len(os.listdir(f"/proc/{holder_pid}/fd")),
+        "processes": len(_descendants(holder_pid)),
         "mounts": len(_mounts()),
-        "traces": len(traces_of(ours)),
-        "leases": sum(lease.owner_pid == ours for lease in _records.list_leases()),
+        "traces": len(traces_of(holder_pid)),
+        "leases": sum(lease.owner_pid == holder_pid for lease in _records.list_leases()),
         "tasks": len(asyncio.all_tasks()),
     }
 
 
-async def _are_flat(before: dict[str, int], slack: int) -> bool:
+async def _are_flat(scene: Scene, before: dict[str, int], slack: int) -> bool:
     """Whether nothing is more than it was, but for `slack` connections that a client may keep."""
 
     def is_flat() -> bool:
-        now = _counts()
+        now = _counts(scene.holder_pid)
         now["descriptors"] -= slack
         return all(now[key] <= before[key] for key in now)
 
@@ -106,7 +109,7 @@ async def _are_flat(before: dict[str, int], slack: int) -> bool:
 
 
 def _kept_connections(scene: Scene) -> int:
-    return 0 if scene.backend.name == "jail" else 12  # of a container engine's client, one for each thread at once
+    return 0 if scene.backend.name == "jail" else 12  # of a client of HTTP, one for each request at once
 
 
 @attempt(59, "cancelled-creations", control=proves_itself)
@@ -117,7 +120,7 @@ async def _(scene: Scene) -> bool:
         box = await scene.backend.create(SandboxSpec())
         took_s.append(time.monotonic() - began_s)
         await box.aclose()
-    before = _counts()
+    before = _counts(scene.holder_pid)
     moments = random.Random(59)
     num_cancelled = 0
     for _ in range(20):
@@ -129,13 +132,14 @@ async def _(scene: Scene) -> bool:
         if not creating.cancelled():
             await creating.result().aclose()
     assert num_cancelled >= 10  # they really were under way
-    assert await _are_flat(before, _kept_connections(scene)), (before, _counts())
+    is_flat = await _are_flat(scene, before, _kept_connections(scene))
+    assert is_flat, (before, _counts(scene.holder_pid))
     return (await (await scene.make()).exec(["true"])).is_ok
 
 
 @attempt(60, "many-episodes-with-daemons", control=proves_itself)
 async def _(scene: Scene) -> bool:
-    is_jail = scene.backend.name == "jail"
+    is_container = scene.backend.name in ("docker", "podman")
 
     async def live(count: int) -> None:
         for _ in range(count):
@@ -150,12 +154,12 @@ async def _(scene: Scene) -> bool:
                 group.create_task(live(count // 8 + (number < count % 8)))
 
     await live_at_once(8)
-    before = _counts()
-    await live_at_once(500 if is_jail else 16)  # containers take a second each
-    return await _are_flat(before, _kept_connections(scene))
+    before = _counts(scene.holder_pid)
+    await live_at_once(16 if is_container else 500)  # containers take a second each
+    return await _are_flat(scene, before, _kept_connections(scene))
 
 
-@attempt(61, "rush-of-creations", control=proves_itself)
+@attempt(61, "rush-of-creations", control=proves_itself, backends=_HERE)
 async def _(scene: Scene) -> bool:
     admission = Admission(max_boxes=16, max_creating=4)
     backend = await open_backend(scene.backend.name, admission=admission)
@@ -182,7 +186,7 @@ async def _(scene: Scene) -> bool:
     return sum(one > 0.01 for one in waited) >= 40
 
 
-@attempt(62, "host-that-does-not-answer", control=proves_itself)
+@attempt(62, "host-that-does-not-answer", control=proves_itself, backends=_HERE)
 async def _(scene: Scene) -> bool:
     if scene.backend.name == "jail":
         return await _tells_of_bad_bubblewrap(scene)

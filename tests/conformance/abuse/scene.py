@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,7 +54,12 @@ class Scene:
     """One attempt's surroundings: the box to attack, another that must go on, a folder of the host to look at."""
 
     def __init__(
-        self, backend: SandboxBackend, capabilities: frozenset[Capability], box: Sandbox, folder: Path
+        self,
+        backend: SandboxBackend,
+        capabilities: frozenset[Capability],
+        box: Sandbox,
+        folder: Path,
+        holder_pid: int | None = None,
     ) -> None:
         self.backend = backend
         self.capabilities = capabilities
@@ -62,6 +68,8 @@ class Scene:
         """A folder of the host that everybody may write to; what is in it is the attempt's own."""
         self.marker = marker()
         """The name of a sleeper, and a word that is nowhere else."""
+        self.holder_pid = holder_pid or os.getpid()
+        """The process that holds the boxes: this one, or a server."""
         self._boxes = [box]
 
     @property
