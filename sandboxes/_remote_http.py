@@ -7,6 +7,7 @@ Invariants: nothing is sent twice, because what got no answer may have run; what
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
 
@@ -67,9 +68,14 @@ class Connection:
         most_s = work_s + GRACE_S + len(blob) / _SLOWEST
         body = pack(header or {}, blob)
         places = self._creating if op == "create" else self._places
+        asked_s = time.monotonic()
         try:
             async with asyncio.timeout(most_s) as scope, places:
-                return await self._exchange(op, body, on_piece)
+                waited_s = time.monotonic() - asked_s
+                answer, output = await self._exchange(op, body, on_piece)
+                if isinstance(answer.get("queue_s"), float):  # what it waited for over there
+                    answer["queue_s"] += waited_s
+                return answer, output
         except TimeoutError as error:
             if not scope.expired():
                 raise  # of `on_piece`

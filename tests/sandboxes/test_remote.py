@@ -164,7 +164,6 @@ async def test_waiting_for_a_turn_on_the_server_is_reported() -> None:
 @pytest.mark.slow
 async def test_a_thousand_creations_at_once_wait_their_turn() -> None:
     with running_server(admission={"max_boxes": 6, "max_creating": 2}) as server:
-        backend = RemoteBackend(server.url)
         alive, most = 0, 0
         waits: list[float] = []
 
@@ -177,13 +176,14 @@ async def test_a_thousand_creations_at_once_wait_their_turn() -> None:
             alive -= 1
             await box.aclose()
 
-        async with asyncio.TaskGroup() as group:
+        began_s = time.monotonic()
+        async with RemoteBackend(server.url) as backend, asyncio.TaskGroup() as group:
             for _ in range(1000):
                 group.create_task(live())
+        took_s = time.monotonic() - began_s
         assert len(waits) == 1000
-        assert max(waits) > 1.0 > min(waits)
+        assert took_s / 2 < max(waits) < took_s  # the last one's, here and over there
         assert most <= 6
-        await backend.aclose()
 
 
 async def test_a_cancelled_execution_ends_its_box_on_the_server(server: Server, far_box: Sandbox) -> None:
