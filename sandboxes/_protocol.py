@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 from palaestra.sandboxes._limits import Capability, SandboxSpec
 
@@ -172,6 +172,10 @@ class Sandbox(Protocol):
     async def aclose(self) -> None:
         """Kill everything inside and remove every trace on the host; idempotent."""
 
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
 
 class SandboxBackend(Protocol):
     """Makes sandboxes of one kind. One per event loop; closing it closes what it made."""
@@ -190,3 +194,7 @@ class SandboxBackend(Protocol):
 
     async def aclose(self) -> None:
         """Close every sandbox still open and release the back end; idempotent."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...

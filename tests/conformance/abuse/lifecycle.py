@@ -197,7 +197,7 @@ async def _tells_of_bad_daemon(scene: Scene) -> bool:
     name = scene.backend.name
     async with line_to_daemon(name) as line:
         with served_at(name, line.path):  # the control: the same way, to the real one
-            async with await open_backend(name) as backend:  # type: ignore[attr-defined]
+            async with await open_backend(name) as backend:
                 assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_containers, "_API_TIMEOUT_S", 1)
@@ -238,6 +238,6 @@ async def _tells_of_bad_bubblewrap(scene: Scene) -> bool:
             await _fails_with_a_line("jail", script)
     with _bubblewrap(scene.folder, 'PATH="${PATH#*:}"; exec bwrap "$@"'), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_bwrap, "_START_S", 20.0)
-        async with await open_backend("jail") as backend:  # type: ignore[attr-defined]
+        async with await open_backend("jail") as backend:
             assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
     return True
