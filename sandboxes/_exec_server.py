@@ -40,7 +40,7 @@ from palaestra.sandboxes._execution import (
 )
 from palaestra.sandboxes._relay import Relay
 from palaestra.sandboxes._spare import Spare
-from palaestra.sandboxes._warm_python import ENVIRONMENT, preload
+from palaestra.sandboxes._warm_python import ENVIRONMENT, preload, settle
 
 SECCOMP_PATH = "/palaestra/seccomp.bpf"
 WORKSPACE = "/workspace"
@@ -66,6 +66,8 @@ class Server:
         self._num_execs = 0
         self._spare: Spare | None = None
         self._is_for_python = False
+        settle(self._environment)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that would reach a first process from inside
         self._renew({})
 
     def serve(self) -> NoReturn:
@@ -136,7 +138,7 @@ class Server:
         return self._run(lambda: spare.begin(self._channel, header["code_bytes"]), header)
 
     def _prepare(self) -> None:
-        self._spare = Spare(self._config, self._environment, self._workspace)
+        self._spare = Spare(self._config, self._workspace)
 
     def _drop_spare(self) -> None:
         if self._spare is not None:

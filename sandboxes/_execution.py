@@ -199,17 +199,25 @@ def become(limits: dict[str, Any], fds: tuple[int, ...], cwd: str) -> None:
     try:
         os.setsid()
         forget_child_deaths()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         for number, fd in enumerate(fds):
             os.dup2(fd, number)
         os.closerange(len(fds), 1 << 20)
         set_debuggable(True)
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # the kernel takes the agent's processes before the server
+        _write("/proc/self/oom_score_adj", b"1000")  # the kernel takes the agent's processes before the server
         limit_process(limits)
         os.chdir(cwd)
     except OSError as error:
         os.write(2, f"{error.strerror}: {cwd}\n".encode(errors="replace"))
         os._exit(126)
+
+
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
 
 
 def set_debuggable(can_be: bool) -> None:

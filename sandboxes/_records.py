@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palaestra.errors import ConfigError
-from palaestra.sandboxes._owner import owner_of, this_owner
+from palaestra.sandboxes._owner import is_dead, is_of_another_boot, owner_of, this_owner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Lease:
     @property
     def is_orphan(self) -> bool:
         """Whether its owner is gone."""
-        return owner_of(self.owner_pid) != self.owner  # a record is of this machine: another boot is over
+        return is_dead(self.owner) or is_of_another_boot(self.owner)
 
     def left_s(self, now_s: float) -> float:
         """Lifetime left, in seconds; negative when it is over."""

@@ -20,15 +20,15 @@ _CODE_FD = 3
 
 
 class Spare:
-    """A process that waits for Python source."""
+    """A process that waits for Python source, forked from one that is settled (`settle`)."""
 
-    def __init__(self, limits: dict[str, Any], environment: dict[str, str], workspace: str) -> None:
+    def __init__(self, limits: dict[str, Any], workspace: str) -> None:
         self._stdin_fd = os.memfd_create("stdin")
         code_r, self._code_w = os.pipe()
 
         def wait() -> NoReturn:
             set_debuggable(False)
-            make_fresh(environment, workspace)
+            make_fresh(workspace)
             source = _read_all(_CODE_FD)
             os.close(_CODE_FD)
             set_debuggable(True)

@@ -69,29 +69,46 @@ def run_source(source: str) -> NoReturn:
     os._exit(code)
 
 
-def make_fresh(environment: dict[str, str], workspace: str) -> None:
-    """Make the fork look like a fresh interpreter: environment, streams, path, random state."""
+def settle(environment: dict[str, str]) -> None:
+    """Make this process, once, what its forks are to find: environment, arguments, modules, streams.
+
+    What a fork changes itself is a page that the kernel must copy for it, each time.
+    """
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c"]
-    # last on the path: a /workspace/json.py must not replace the standard library's
-    sys.path[:] = [entry for entry in sys.path if entry != _SERVER_ROOT] + [workspace]
     for name in [name for name in sys.modules if name.split(".")[0] == "palaestra"]:
         del sys.modules[name]
     _open_streams()
+    gc.collect()
+    gc.freeze()
+
+
+def make_fresh(workspace: str) -> None:
+    """Make a fork of a settled process look like a fresh interpreter: path, interrupts, random state."""
+    # last on the path, and never on the server's: a /workspace/json.py must not replace the standard library's
+    sys.path[:] = [entry for entry in sys.path if entry != _SERVER_ROOT] + [workspace]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed(0)
-    gc.enable()
 
 
 def _open_streams() -> None:
     def stream(fd: int, mode: str, **options: Any) -> Any:
         return open(fd, mode, encoding="utf-8", closefd=False, **options)
 
+    kept = [os.dup(fd) for fd in range(3)]
+    stdin_fd = os.memfd_create("stdin")
+    pipe_fds = os.pipe()
+    for fd, like in enumerate((stdin_fd, pipe_fds[1], pipe_fds[1])):
+        os.dup2(like, fd)  # what they will be in a fork: streams look at their descriptor when they are made
     sys.stdin, sys.stdout = stream(0, "r"), stream(1, "w")
     sys.stderr = stream(2, "w", buffering=1, errors="backslashreplace")
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, f"__{name}__", getattr(sys, name))
+    for fd, before in enumerate(kept):
+        os.dup2(before, fd)
+    for fd in (*kept, stdin_fd, *pipe_fds):
+        os.close(fd)
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -268,7 +268,7 @@ async def _(scene: Scene) -> bool:
 @attempt(27, "kill-the-server", Capability.HONEST_ANSWERS)
 async def _(scene: Scene) -> bool:
     code = "for number in told['signals']: os.kill(os.getppid(), number)\nprint('sent')"
-    result = await scene.run(code, signals=[9] if scene.is_unsafe else [9, 19, 15, 6, 11, 20])
+    result = await scene.run(code, signals=[9] if scene.is_unsafe else list(range(1, 65)))
     try:
         after = await scene.box.run_python("print('alive')")
     except SandboxError:
