@@ -71,6 +71,12 @@ async def measure_bwrap(count: int) -> list[Figure]:
     return await measure_plain("plain `bwrap`", ("bwrap", *places, *box, PYTHON, "-c", SNIPPET), count)
 
 
+async def measure_bare(count: int) -> list[Figure]:
+    """The floor under every new Python: the same interpreter on the host, in no box at all."""
+    python = os.path.join(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    return await measure_plain("no box", (python, "-I", "-S", "-c", SNIPPET), count)
+
+
 async def docker(*words: str) -> None:
     """A command of Docker's, which must go well."""
     process = await asyncio.create_subprocess_exec("docker", *words, stdout=subprocess.DEVNULL)
@@ -164,6 +170,7 @@ def goals(figures: list[Figure]) -> list[str]:
 def ratios(figures: list[Figure]) -> list[str]:
     """What ours costs in terms of the plain tool."""
     at_one = {(one.backend, one.what): one.median_ms for one in figures if one.concurrency == 1}
+    floor = at_one["no box", "new Python"]
     pairs = (("jail", "plain `bwrap`"), ("docker", "plain `docker exec`"), ("docker", "plain `docker run`"))
     lines = []
     for ours, plain in pairs:
@@ -172,6 +179,12 @@ def ratios(figures: list[Figure]) -> list[str]:
             if theirs and (ours, what) in at_one:
                 times = theirs / at_one[ours, what]
                 lines.append(f"- {what} in {ours}: {times:.1f} times as fast as {plain} for the same snippet.")
+    for ours in ("jail", "docker"):
+        if (ours, "new Python") in at_one:
+            more_ms = at_one[ours, "new Python"] - floor
+            lines.append(
+                f"- new Python in {ours}: {more_ms:+.1f} ms against the same on the host in no box ({floor:.1f} ms)."
+            )
     return lines
 
 
@@ -212,7 +225,7 @@ def main() -> None:
     if options.repeats < 6:
         sys.exit("--repeats must be at least 6")
     names = options.backend or [name for name in ("jail", "docker") if check_backend(name) is None]
-    jobs: list[Callable[[], Awaitable[list[Figure]]]] = []
+    jobs: list[Callable[[], Awaitable[list[Figure]]]] = [lambda: measure_bare(options.repeats)]
     for name in names:
         jobs.append(lambda name=name: measure(name, repeats=options.repeats))  # type: ignore[misc]
         if name == "jail":

@@ -67,7 +67,8 @@ class Server:
         self._spare: Spare | None = None
         self._is_for_python = False
         settle(self._environment)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that would reach a first process from inside
+        # the kernel keeps from a first process what comes from inside and has no handler: Python has one for this
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._renew({})
 
     def serve(self) -> NoReturn:

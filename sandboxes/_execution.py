@@ -199,7 +199,6 @@ def become(limits: dict[str, Any], fds: tuple[int, ...], cwd: str) -> None:
     try:
         os.setsid()
         forget_child_deaths()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         for number, fd in enumerate(fds):
             os.dup2(fd, number)
         os.closerange(len(fds), 1 << 20)
