@@ -20,13 +20,13 @@ import pytest_asyncio
 
 from palaestra.errors import ConfigError
 from palaestra.sandboxes import Capability, Sandbox, SandboxBackend, SandboxSpec, open_backend
-from tests.conformance.abuse import filesystem, grading, kernel, lifecycle, network, output, process
+from tests.conformance.abuse import filesystem, grading, hosts, kernel, lifecycle, network, output, process
 from tests.conformance.abuse.scene import ATTEMPTS, Attempt, Scene, proves_itself
 from tests.sandboxes.conftest import BACKENDS, require_backend
 from tests.sandboxes.hostview import processes_with
 from tests.sandboxes.remote_server import running_server
 
-_THEMES = (filesystem, process, output, network, kernel, grading, lifecycle)
+_THEMES = (filesystem, process, output, network, kernel, grading, lifecycle, hosts)
 _OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (5, 6), "remote": (57,)}
 """What a back end does not contain even where the machine has all it needs; the remote one serves jails."""
 _MORE: dict[str, tuple[int, ...]] = {"podman": (21,)}
