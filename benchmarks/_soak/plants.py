@@ -28,7 +28,11 @@ def plant(kind: str) -> None:
     """Leave it, and a process that takes it away again."""
     listed = Record.write(lease_id=f"plants-{os.getpid()}", backend="", label="", handle="", lifetime_s=60.0)
     listed.remove()
-    images = ["docker", "images", "-q", "palaestra/base"] if kind == "container" else ["true"]
+    images = (
+        ["docker", "images", "--format", "{{.Repository}}:{{.Tag}}", "palaestra/base"]
+        if kind == "container"
+        else ["true"]
+    )
     image = subprocess.run(images, capture_output=True, text=True, check=True).stdout.split()
     is_version_1 = os.path.isdir("/sys/fs/cgroup/memory")
     variables = {

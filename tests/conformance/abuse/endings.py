@@ -203,7 +203,8 @@ async def _(scene: Scene) -> bool:
     assert (await scene.ask(_ZOMBIES, name=scene.marker, wait_s=0.0))["own"] == 50
     assert named(scene.marker) == 0
     # more than its limit of processes, one after the other: the server must reap them meanwhile
-    assert (await scene.ask(_ORPHANS, name=scene.marker))["orphans"] == 1000
+    patient = await scene.make(wall_s=90.0, cpu_s=90.0)
+    assert (await scene.ask(_ORPHANS, box=patient, name=scene.marker))["orphans"] == 1000
     return named(scene.marker) == 0
 
 

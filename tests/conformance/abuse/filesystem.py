@@ -96,11 +96,13 @@ def _userland(scene: Scene) -> str:
             digest.update(os.readlink(path).encode())
         elif path.is_file():
             digest.update(hashlib.sha256(path.read_bytes()).digest())
-    for container in containers(owned=True):
-        if container.owner_pid == os.getpid():
-            changes = ask(container.engine, f"/containers/{container.id}/changes") or []
-            # where an engine mounts its own files it makes the folder anew
-            digest.update(str(sorted(one["Path"] for one in changes if one["Path"] != "/etc")).encode())
+    changed = {
+        change["Path"]
+        for container in containers(owned=True)
+        if container.owner_pid == os.getpid()
+        for change in ask(container.engine, f"/containers/{container.id}/changes") or ()
+    }
+    digest.update(str(sorted(changed - {"/etc"})).encode())  # an engine mounts files of its own there
     return digest.hexdigest()
 
 
