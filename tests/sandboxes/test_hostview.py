@@ -101,11 +101,13 @@ async def test_a_container_is_found_by_its_label_and_what_it_has_by_its_id(name:
     command = [sys.executable, "-P", "-c", _OWNER, name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as owner:
         assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
-        (box,) = traces_of(owner.pid)
-        assert any(box in place for place in [*cgroups(), *mounts()])  # the engine keeps something under its id
-        assert ground.left() == []  # and none of it was left as long as it is listed
-        owner.kill()
+        try:
+            assert owner.stdout.readline() == b"ready\n"
+            (box,) = traces_of(owner.pid)
+            assert any(box in place for place in [*cgroups(), *mounts()])  # the engine keeps something under its id
+            assert await eventually(lambda: ground.left() == [])  # and none of it was left as long as it is listed
+        finally:
+            owner.kill()
     assert await eventually(lambda: traces_of(owner.pid) == [] and ground.left() == [])
 
 
@@ -116,11 +118,11 @@ async def test_what_docker_keeps_of_a_container_is_left_once_nobody_lists_it(mon
         await backend.create(SandboxSpec())
         (ours,) = [one for one in containers(owned=True) if one.owner_pid == os.getpid()]
         layer = inspect(ours)["GraphDriver"]["Data"]["MergedDir"]
-        assert ground.left() == []
+        assert await eventually(lambda: ground.left() == [])
         with monkeypatch.context() as patch:
             patch.setattr("tests.sandboxes.hostview.containers", lambda **_: [])
             left = ground.left()
-        assert layer in left
+        assert layer in left, left
         assert any(ours.id in place for place in left)
 
 

@@ -80,12 +80,14 @@ async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -
     command = [sys.executable, "-P", "-c", _HARNESS, backend_name, name]
     with _start(command) as harness:
         assert harness.stdout is not None
-        assert harness.stdout.readline() == b"ready\n"
-        if moment == "busy":
-            assert await eventually(lambda: len(processes_with(f"sleep\0{name}")) >= 2)
-        offspring = children_of(harness.pid)
-        assert traces_of(harness.pid) or offspring
-        harness.send_signal(signal.SIGKILL)
+        try:
+            assert harness.stdout.readline() == b"ready\n"
+            if moment == "busy":
+                assert await eventually(lambda: len(processes_with(f"sleep\0{name}")) >= 2)
+            offspring = children_of(harness.pid)
+            assert traces_of(harness.pid) or offspring
+        finally:
+            harness.send_signal(signal.SIGKILL)
     assert await eventually(lambda: not processes_with(name))
     assert await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in offspring))
     assert await eventually(lambda: not traces_of(harness.pid) and ground.left() == [])

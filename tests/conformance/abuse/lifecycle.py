@@ -56,12 +56,14 @@ async def _is_gone_with_its_harness(scene: Scene, moment: str) -> bool:
     command = [sys.executable, "-P", "-c", _HARNESS, scene.backend.name, scene.marker, moment]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as harness:
         assert harness.stdout is not None
-        assert harness.stdout.readline() == b"ready\n"
-        if moment == "busy":
-            assert await eventually(lambda: len(processes_with(f"sleep\0{scene.marker}")) >= 2)
-        offspring = _descendants(harness.pid)
-        assert traces_of(harness.pid) or offspring
-        harness.send_signal(signal.SIGKILL)
+        try:
+            assert harness.stdout.readline() == b"ready\n"
+            if moment == "busy":
+                assert await eventually(lambda: len(processes_with(f"sleep\0{scene.marker}")) >= 2)
+            offspring = _descendants(harness.pid)
+            assert traces_of(harness.pid) or offspring
+        finally:
+            harness.send_signal(signal.SIGKILL)
 
     def is_gone() -> bool:
         alive = [pid for pid in offspring if Path(f"/proc/{pid}").exists()]
