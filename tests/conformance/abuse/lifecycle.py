@@ -47,6 +47,8 @@ async def _(scene: Scene) -> bool:
     gone = [await _is_gone_with_its_harness(scene, moment) for moment in ("busy", "idle")]
     for pid in processes_with(f"sleep\0{scene.marker}"):  # without isolation
         os.kill(pid, signal.SIGKILL)
+    if scene.is_unsafe:
+        assert _subprocess.sweep()  # nor does its folder go by itself
     return all(gone)
 
 
