@@ -7,6 +7,7 @@ not; one that ends before or between executions never is. Either way it is destr
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -286,7 +287,10 @@ class Box:
             self._end("it died")
             raise SandboxError(f"sandbox {self.id} died during {request['op']} {request['path']!r}") from error
         if "errno" in header:
-            raise OSError(int(header["errno"]), str(header.get("error")), request["path"] or "snapshot")
+            code, reason = int(header["errno"]), str(header.get("error"))
+            if code == errno.EIO and self._host.count_oom_kills():  # which the box itself may not see
+                code, reason = errno.ENOMEM, "out of memory"
+            raise OSError(code, reason, request["path"] or "snapshot")
         return header, blob
 
     async def _call(

@@ -153,14 +153,17 @@ def describe(
             pids_limit=limits.processes + 1,  # the server counts too
             mem_limit=memory,
             memswap_limit=memory,
-            shm_size=limits.workspace_mb << 20,
             # the last two since Podman's own defaults may be more than its host lets it give
             ulimits=[
                 Ulimit(name="core", soft=0, hard=0),
                 Ulimit(name="nofile", soft=open_files, hard=open_files),
                 Ulimit(name="nproc", soft=_USER_PROCESSES, hard=_USER_PROCESSES),
             ],
-            tmpfs={"/workspace": f"{tmpfs},{workspace}", "/tmp": f"{tmpfs},mode=1777"},
+            tmpfs={
+                "/workspace": f"{tmpfs},{workspace}",
+                "/tmp": f"{tmpfs},mode=1777",
+                "/dev/shm": f"{tmpfs.replace('rw,exec', 'rw,noexec')},mode=1777",  # an engine's own counts no inodes
+            },
         ),
     }
 

@@ -15,8 +15,10 @@ from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._protocol import Ended, ExecResult
 from palaestra.sandboxes._wire import MAX_BODY
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change that the other side must know of."""
+HOLD_S = 3600.0
+"""A client's hold on its boxes is one call that lasts so long, and is then made again."""
 MAX_HEADER = 8 << 20
 MAX_BLOB = 2 * MAX_BODY
 """An archive is larger than the files that it may hold."""

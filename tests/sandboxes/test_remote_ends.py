@@ -13,11 +13,12 @@ import httpx
 import pytest
 
 from palaestra.errors import ConfigError, SandboxError
-from palaestra.sandboxes import SandboxSpec, _remote_http
+from palaestra.sandboxes import SandboxSpec, _remote_http, open_backend
 from palaestra.sandboxes._frames import CLIENT_HEADER, TOKEN_VARIABLE
 from palaestra.sandboxes._remote import RemoteBackend
 from palaestra.sandboxes._remote_http import Connection
 from palaestra.sandboxes.server import serve
+from palaestra.sandboxes.server._leases import Leases
 from tests.sandboxes.hostview import eventually, marker, processes_with, traces_of
 from tests.sandboxes.remote_server import Server, running_server, start_python
 
@@ -29,6 +30,7 @@ from palaestra.sandboxes import SandboxSpec, open_backend
 async def main():
     backend = await open_backend(sys.argv[1])
     boxes = [await backend.create(SandboxSpec()) for _ in range(2)]
+    await boxes[1].exec(["true"])
     print("ready", flush=True)
     if sys.argv[2] == "idle":
         await asyncio.Event().wait()
@@ -43,25 +45,46 @@ def _needs_jails(server: Server) -> None:
     """A machine that cannot make jails skips these."""
 
 
-async def test_boxes_of_a_killed_client_end_with_the_lease() -> None:
+async def test_boxes_of_a_client_that_fell_silent_end_with_the_lease() -> None:
     lease_s = 2.0
     with running_server(lease_s=lease_s) as server, start_python(_CLIENT, server.url, "idle") as client:
         assert client.stdout is not None
         assert client.stdout.readline() == b"ready\n"
         await asyncio.sleep(2 * lease_s)
         assert len(server.boxes()) == 2  # a living client keeps them
-        client.send_signal(signal.SIGKILL)
-        assert await eventually(lambda: not server.boxes(), timeout_s=lease_s + 2)
+        client.send_signal(signal.SIGSTOP)  # its connections stay open, as with a network that went away
+        try:
+            assert await eventually(lambda: not server.boxes(), timeout_s=lease_s + 2)
+        finally:
+            client.kill()
 
 
-async def test_what_a_killed_client_was_running_ends_at_once(server: Server) -> None:
+async def test_nothing_of_a_killed_client_is_left_after_two_seconds(server: Server) -> None:
     name = marker()
     held = len(server.boxes())
     with start_python(_CLIENT, server.url, name) as client:
         assert await eventually(lambda: len(processes_with(f"sleep\0{name}")) >= 2, timeout_s=30)
+        assert len(server.boxes()) == held + 2
         client.send_signal(signal.SIGKILL)
-        assert await eventually(lambda: not processes_with(name))
-        assert await eventually(lambda: len(server.boxes()) == held + 1)  # the idle one waits for the lease
+        killed_s = time.monotonic()
+        assert await eventually(lambda: not processes_with(name) and len(server.boxes()) == held)
+        assert time.monotonic() - killed_s < 2
+
+
+async def test_a_connection_that_breaks_and_is_made_anew_costs_no_box() -> None:
+    async with await open_backend("jail") as backend, Leases(lease_s=60.0) as leases:
+        box = await backend.create(SandboxSpec())
+        held = leases.add("client", box)
+        with leases.hold("client"):
+            pass
+        await asyncio.sleep(0.5)
+        with leases.hold("client"):
+            await asyncio.sleep(1.5)
+            assert leases.get("client", held.key) is held
+            assert (await box.exec(["true"])).is_ok
+        await asyncio.sleep(1.8)
+        with pytest.raises(SandboxError, match="does not hold"):
+            leases.get("client", held.key)
 
 
 async def test_a_box_whose_creation_got_no_answer_ends_with_the_lease() -> None:
