@@ -11,10 +11,16 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
+from typing import Literal
+
+from palaestra.sandboxes._execution import Shortage, read_shortage
+from palaestra.sandboxes._owner import is_dead, this_owner
 
 _MOUNT = Path("/sys/fs/cgroup")
 _V1 = "memory.limit_in_bytes", "memory.oom_control"
 _V2 = "memory.max", "memory.events"
+_SWAP = {_V1[0]: ("memory.memsw.limit_in_bytes", 1), _V2[0]: ("memory.swap.max", 0)}
+"""The file that keeps a box from swap instead, and how many times its memory is written there."""
 _NOW = "memory.usage_in_bytes", "memory.current"
 _PEAK = "memory.max_usage_in_bytes", "memory.peak"
 _GUARD = """
@@ -36,6 +42,7 @@ class Slot:
         self.memory_mb = 0
         self._events = folder / events_file
         self._seen = self._total()
+        self._before = self._shortage()
 
     def enter(self, pid: int) -> None:
         """Move a process, and what it forks from now on, into the cgroup."""
@@ -46,6 +53,18 @@ class Slot:
         total = self._total()
         fresh, self._seen = total - self._seen, total
         return fresh
+
+    def whose_memory(self) -> Literal["", "box", "host"]:
+        """Whose memory ran out so that a process was killed here, since the last call: see `BoxHost.whose_memory`."""
+        before, self._before = self._before, self._shortage()
+        short = self._before.since(before)
+        return "" if not short.oom_kills else "box" if short.at_limit else "host"
+
+    def _shortage(self) -> Shortage:
+        try:
+            return read_shortage(str(self.folder))
+        except OSError:
+            return Shortage(0, 0)
 
     def memory(self) -> tuple[int | None, int | None]:
         """Bytes in use now, and the most since the slot was taken; None for what this kernel does not tell."""
@@ -79,7 +98,7 @@ class MemoryCgroups:
     @classmethod
     async def open(cls) -> MemoryCgroups | None:
         """A folder for slots, or None where this process cannot limit memory by cgroup."""
-        found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+        found = _make_root(_name())
         if found is None:
             return None
         root, limit_file, events_file = found
@@ -111,12 +130,21 @@ class MemoryCgroups:
             folder.mkdir()
             slot = Slot(folder, self._events_file)
         if slot.memory_mb != memory_mb:
-            (slot.folder / self._limit_file).write_text(str(memory_mb << 20))
-            slot.memory_mb = memory_mb
+            self._limit(slot, memory_mb)
         with contextlib.suppress(OSError):  # version 1 only: a slot of version 2 keeps the most of all its boxes
             (slot.folder / _PEAK[0]).write_text("0")
         slot.count_oom_kills()
+        slot.whose_memory()
         return slot
+
+    def _limit(self, slot: Slot, memory_mb: int) -> None:
+        name, times = _SWAP[self._limit_file]
+        memory, swap = slot.folder / self._limit_file, slot.folder / name
+        is_raised = 0 < slot.memory_mb < memory_mb
+        for file, most in ((swap, times * memory_mb), (memory, memory_mb))[:: 1 if is_raised else -1]:
+            if file == memory or file.exists():  # a kernel may not account for swap
+                file.write_text(str(most << 20))
+        slot.memory_mb = memory_mb
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot whose processes are gone."""
@@ -148,7 +176,7 @@ def _make_root(name: str) -> tuple[Path, str, str] | None:
 
 def find_place() -> str | None:
     """Where this process can make memory cgroups, and of which version; None where it cannot."""
-    found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+    found = _make_root(_name())
     if found is None:
         return None
     root, limit_file, _ = found
@@ -165,13 +193,23 @@ def _sweep(parent: Path) -> list[str]:
     """Remove what owners left whose guard was killed with them; a cgroup that has a process refuses to go."""
     removed = []
     for root in parent.glob("palaestra-*-*"):
-        if not Path("/proc", root.name.split("-")[1]).exists():
+        if is_dead(_owner(root.name)):
             for folder in (*root.glob("box*"), root):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             if not root.exists():
                 removed.append(str(root))
     return removed
+
+
+def _name() -> str:
+    _, pid, start, namespace = this_owner().split(":")
+    return f"palaestra-{pid}-{start}-{namespace}-{os.urandom(4).hex()}"
+
+
+def _owner(name: str) -> str:
+    boot_id = this_owner().partition(":")[0]  # a cgroup does not outlive it
+    return ":".join([boot_id, *name.split("-")[1:4]])
 
 
 def _candidates() -> list[tuple[Path, tuple[str, str]]]:

@@ -21,8 +21,9 @@ import tempfile
 from pathlib import Path
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes._box import Box, Death, server_config
+from palaestra.sandboxes._box import Box
 from palaestra.sandboxes._bwrap import readable
+from palaestra.sandboxes._host import Death, WhoseMemory, server_config
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._owner import is_dead, this_owner
 from palaestra.sandboxes._rootfs import ensure_rootfs
@@ -105,8 +106,8 @@ class _ProcessHost:
             self._process.wait()
             await asyncio.to_thread(remove_folder, self._folder)
 
-    def count_oom_kills(self) -> int:
-        return 0
+    def whose_memory(self) -> WhoseMemory:
+        return ""
 
     async def death(self) -> Death:
         return Death()  # its code could have killed it
