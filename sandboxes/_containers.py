@@ -33,6 +33,8 @@ FAILURES = (DockerException, RequestException, OSError)
 _REPOSITORY = "palaestra/base"
 _API_TIMEOUT_S = 60
 _REMOVE_S = 20.0
+_CLOSED = "rw,noexec,nosuid,nodev,size=1m,mode=0555"
+"""A place that hides another, and into which the agent's user cannot write."""
 _KEEP_S = 3 * 86400.0
 _USER = "1000:1000"
 _SERVER_FILES = 1024
@@ -130,10 +132,12 @@ def describe(
     limits = spec.limits
     config = server_config(spec, memory_per_process=False, nproc=False)
     tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m"
-    workspace = "mode=0777"
+    places = {"/workspace": f"{tmpfs},mode=0777"}
     if takes_tmpfs_options:
         tmpfs += f",nr_inodes={config['inodes']}"
-        workspace = "mode=0755,uid=1000,gid=1000"
+        places = {"/workspace": f"{tmpfs},mode=0755,uid=1000,gid=1000"}
+    else:  # where Podman would put one of its own without a size; the second leads to /tmp
+        places |= {"/run": _CLOSED, "/var/tmp": f"{tmpfs},mode=1777"}
     memory = limits.memory_mb << 20
     open_files = max(limits.open_files, _SERVER_FILES)
     return {
@@ -163,8 +167,9 @@ def describe(
                 Ulimit(name="nproc", soft=_USER_PROCESSES, hard=_USER_PROCESSES),
             ],
             tmpfs={
-                "/workspace": f"{tmpfs},{workspace}",
+                **places,
                 "/tmp": f"{tmpfs},mode=1777",
+                "/dev/mqueue": _CLOSED,  # queues would outlive their processes
                 "/dev/shm": f"{tmpfs.replace('rw,exec', 'rw,noexec')},mode=1777",  # an engine's own counts no inodes
             },
         ),

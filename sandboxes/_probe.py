@@ -25,6 +25,7 @@ from palaestra.sandboxes._protocol import Ended, ExecResult, Sandbox
 _PROCESSES = 12
 _FLOOD_FILES = 20_000
 _HOLD_S = 15.0
+_LOCK_TRIES = 5
 _SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=_PROCESSES, wall_s=20.0))
 
 _REACH = """
@@ -147,15 +148,17 @@ for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
 print(max(counts))
 """.replace("MOST", str(_FLOOD_FILES))
 _LOCK = """
-import fcntl, json, os, sys
-fd = os.open(json.__file__, os.O_RDONLY)
+import fcntl, os, sys
+folder = os.path.dirname(os.__file__)
+names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
+fd = os.open(os.path.join(folder, names[int(sys.argv[1]) % len(names)]), os.O_RDONLY)
 try:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
     print("taken")
 else:
     print("free", flush=True)
-    if sys.argv[1:] == ["hold"]:
+    if sys.argv[2:] == ["hold"]:
         import time
         time.sleep(60)
 """
@@ -227,25 +230,39 @@ async def _probe_amounts(backend: Maker) -> set[Capability]:
 
 
 async def _probe_sharing(backend: Maker) -> set[Capability]:
-    async with _box(backend) as box, _box(backend) as twin:
-        found = await _probe_snapshot(box, twin)
-        if not await _sees_lock(box, twin):
-            found.add(Capability.FILE_LOCKS)
-        return found
+    async with _box(backend) as twin:
+        async with _box(backend) as box:
+            found = await _probe_snapshot(box, twin)
+        for _ in range(_LOCK_TRIES):
+            async with _box(backend) as box:
+                is_seen = await _sees_lock(box, twin)
+            if is_seen is not None:
+                return found if is_seen else found | {Capability.FILE_LOCKS}
+    raise SandboxError("a probe of the sandbox did not run: its lock was not held")
 
 
-async def _sees_lock(box: Sandbox, twin: Sandbox) -> bool:
-    """Whether a lock that is held in one box all the while is seen in the other; the first is of no use then."""
-    held = asyncio.Event()
-    holding = asyncio.ensure_future(
-        box.exec(["python3", "-c", _LOCK, "hold"], on_output=lambda *_: held.set(), wall_s=_HOLD_S)
-    )
-    waiting = asyncio.ensure_future(held.wait())
+async def _sees_lock(box: Sandbox, twin: Sandbox) -> bool | None:
+    """Whether a lock that is held in one box all the while is seen in the other; None when it was not held.
+
+    The first box is of no use afterwards.
+    """
+    number = str(int.from_bytes(os.urandom(4)))  # of a file: where boxes share them, somebody else may probe too
+    said: list[bytes] = []
+    speaks = asyncio.Event()
+
+    def hear(_: object, piece: bytes) -> None:
+        said.append(piece)
+        speaks.set()
+
+    holding = asyncio.ensure_future(box.exec(["python3", "-c", _LOCK, number, "hold"], on_output=hear, wall_s=_HOLD_S))
+    waiting = asyncio.ensure_future(speaks.wait())
     try:
         await asyncio.wait([holding, waiting], return_when=asyncio.FIRST_COMPLETED)
-        result = _ran(await twin.exec(["python3", "-c", _LOCK]))
-        if not held.is_set() or holding.done() or result.stdout not in (b"free\n", b"taken\n"):
-            raise SandboxError("a probe of the sandbox did not run: its lock was not held")
+        if b"".join(said) != b"free\n":
+            return None
+        result = _ran(await twin.exec(["python3", "-c", _LOCK, number]))
+        if holding.done() or result.stdout not in (b"free\n", b"taken\n"):
+            return None
         return result.stdout == b"taken\n"
     finally:
         for task in (holding, waiting):
