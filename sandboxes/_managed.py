@@ -19,7 +19,7 @@ from typing import Protocol, Self
 from pydantic import Field
 
 from palaestra.config import Config
-from palaestra.errors import ConfigError, SandboxError
+from palaestra.errors import ConfigError, SandboxError, ungrouped
 from palaestra.sandboxes._limits import Capability, SandboxSpec
 from palaestra.sandboxes._probe import probe
 from palaestra.sandboxes._protocol import (
@@ -112,12 +112,13 @@ class ManagedBackend:
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for box in list(self._boxes):
-                    group.create_task(box.aclose())
-        finally:
-            await self._raw.aclose()
+        with ungrouped():
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for box in list(self._boxes):
+                        group.create_task(box.aclose())
+            finally:
+                await self._raw.aclose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -82,9 +82,12 @@ def ensure_rootfs() -> Rootfs:
 
 
 def cache_folder() -> Path:
-    """Where Palaestra caches; for root a place that an unprivileged user can read."""
+    """Where Palaestra caches; for root a place that an unprivileged user can read. Raises `ConfigError`."""
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
+    try:
+        folder = Path(base).absolute() if base else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(f"no place for a cache ({error}); set HOME or XDG_CACHE_HOME") from error
     if os.geteuid() == 0 and not _is_open_to_all(folder):
         folder = Path("/var/cache")
     return folder / "palaestra"
