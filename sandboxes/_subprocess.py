@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -41,15 +40,17 @@ class SubprocessBackend:
 
     def __init__(self) -> None:
         self._boxes: set[Box] = set()
-        self._numbers = itertools.count()
         self._closed = False
 
     async def create(self, spec: SandboxSpec) -> Box:
         """See `SandboxBackend.create`."""
         if self._closed:
             raise SandboxError("the subprocess back end is closed")
-        box_id = f"subprocess-{os.getpid()}-{next(self._numbers)}"
-        folder = await asyncio.to_thread(_make_folder)
+        box_id = f"subprocess-{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            folder = await asyncio.to_thread(_make_folder)
+        except OSError as error:
+            raise SandboxError(f"cannot make a folder for a sandbox: {error}; free space, or set TMPDIR") from error
         try:
             io, process = await _start(folder, spec)
         except BaseException:
@@ -134,8 +135,12 @@ def remove_folder(folder: Path) -> None:
 
 def _make_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-    (folder / _OWNER_FILE).write_text(this_owner())
-    (folder / "workspace").mkdir()
+    try:
+        (folder / _OWNER_FILE).write_text(this_owner())
+        (folder / "workspace").mkdir()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 

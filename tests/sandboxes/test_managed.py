@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Any
 
 import pytest
 
-from palaestra.errors import ConfigError, SandboxError
+from palaestra.errors import SandboxError
 from palaestra.sandboxes import Admission, Ended, ExecResult, SandboxSpec, _backends, check_backend, register_backend
 from palaestra.sandboxes._managed import ManagedBackend
 from palaestra.sandboxes._records import list_leases
