@@ -27,6 +27,7 @@ LEASE_S = 60.0
 
 _KEEP_ALIVE_S = 600  # the client drops an idle connection sooner: a request must not meet its closing
 _GRACEFUL_S = 2
+_MAX_LEASE_S = 86_400.0
 
 
 def serve(
@@ -49,8 +50,8 @@ def serve(
         raise ConfigError(f"others reach {host}: set {TOKEN_VARIABLE} to a secret of at least 16 characters")
     if token and (len(token) < 16 or not token.isascii() or not token.isprintable()):
         raise ConfigError(f"{TOKEN_VARIABLE} must be at least 16 printable ASCII characters")
-    if lease_s <= 0:
-        raise ConfigError(f"lease_s must be above 0, not {lease_s:g}")
+    if not 1 <= lease_s <= _MAX_LEASE_S:
+        raise ConfigError(f"lease_s must be within 1 and {_MAX_LEASE_S:g} seconds, not {lease_s:g}")
     asyncio.run(_serve(host, port, backend, token, lease_s, admission, on_ready))
 
 
