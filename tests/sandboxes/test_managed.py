@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
 import pytest
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes import Admission, Ended, ExecResult, SandboxSpec, _backends, check_backend, register_backend
+from palaestra.sandboxes import (
+    Admission,
+    Ended,
+    ExecResult,
+    Sandbox,
+    SandboxSpec,
+    Snapshot,
+    _backends,
+    check_backend,
+    fork,
+    register_backend,
+)
 from palaestra.sandboxes._managed import ManagedBackend
 from palaestra.sandboxes._records import list_leases
 
@@ -34,6 +46,12 @@ class PretendBox:
             stderr_total=0,
             wall_s=0.0,
         )
+
+    async def snapshot(self) -> Snapshot:
+        return Snapshot(b"")
+
+    async def restore(self, _: Snapshot) -> None:
+        pass
 
     async def aclose(self) -> None:
         if self._close is not None:
@@ -92,6 +110,24 @@ async def test_a_bug_beside_a_failure_is_not_hidden_by_it() -> None:
     _register(PretendBackend(run=SandboxError("died"), close=KeyError("a bug")))
     with pytest.raises(KeyError, match="a bug"):
         check_backend("pretend")
+
+
+async def test_forks_that_wait_for_each_other_give_up_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palaestra.sandboxes._managed._FORK_S", 0.2)
+    backend = ManagedBackend(PretendBackend(), Admission(max_boxes=2))
+    boxes = [await backend.create(SandboxSpec()) for _ in range(2)]
+
+    async def refused(box: Sandbox) -> None:
+        with pytest.raises(SandboxError, match=rf"{box.id}, holds a place itself; .*raise Admission.max_boxes"):
+            await fork(backend, box, SandboxSpec())
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        for box in boxes:
+            group.create_task(refused(box))
+    await boxes[0].aclose()
+    twin = await fork(backend, boxes[1], SandboxSpec())
+    assert twin.id != boxes[1].id
+    await backend.aclose()
 
 
 async def test_a_box_that_cannot_be_closed_is_one_error_and_stays_on_the_list() -> None:
