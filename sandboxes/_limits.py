@@ -77,7 +77,7 @@ class Limits(Config):
     cpu_s: float = Field(default=10.0, gt=0, le=_MOST_S)
     """CPU time of one execution with all its processes, in seconds."""
     memory_mb: int = Field(default=512, ge=32, le=1 << 22)
-    """Memory of the sandbox in MiB where the back end can limit it as a whole, else of each process; 32 to 4,194,304."""
+    """Memory of the sandbox in MiB where the back end can limit it as a whole, else of each process; 32 to 2^22."""
     processes: int = Field(default=64, gt=0, le=1 << 15)
     """Processes and threads alive at once in the sandbox; at most 32,768."""
     workspace_mb: int = Field(default=64, gt=0)

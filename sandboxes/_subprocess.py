@@ -16,19 +16,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from palaestra.errors import SandboxError
 from palaestra.sandboxes._box import Box, Death, server_config
 from palaestra.sandboxes._bwrap import readable
+from palaestra.sandboxes._folders import make_folder, remove_folder
 from palaestra.sandboxes._limits import SandboxSpec
-from palaestra.sandboxes._owner import is_dead, this_owner
 from palaestra.sandboxes._rootfs import ensure_rootfs
 from palaestra.sandboxes._wire import StreamIO
 
-PREFIX = "palaestra-unsafe-"
-_OWNER_FILE = ".owner"
 _READY_S = 30.0
 _CLOSE_S = 10.0
 
@@ -116,27 +113,9 @@ class _ProcessHost:
         return None, None
 
 
-def sweep() -> list[str]:
-    """Remove the folders of dead owners and return their names."""
-    removed = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError):  # another user's, or one that is just being made
-            if is_dead((folder / _OWNER_FILE).read_text()):
-                remove_folder(folder)
-                removed.append(str(folder))
-    return removed
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder whatever is in it: the programs can do what no recursion of ours can, any depth and mode."""
-    subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, stderr=subprocess.DEVNULL)
-    subprocess.run(["rm", "-rf", "--", str(folder)], check=True, timeout=_CLOSE_S)
-
-
 def _make_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    folder = make_folder("unsafe")
     try:
-        (folder / _OWNER_FILE).write_text(this_owner())
         (folder / "workspace").mkdir()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from palaestra.errors import ConfigError, PalaestraError, SandboxError
 from palaestra.sandboxes import SandboxSpec, open_backend
+from palaestra.sandboxes._folders import make_folder
+from palaestra.sandboxes._owner import this_owner
+from palaestra.sandboxes._reaper import reap
 from palaestra.sandboxes._records import Record, lease_folder, list_leases
 from tests.sandboxes.conftest import require_backend
+from tests.sandboxes.hostview import marker, processes_with
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +149,90 @@ def test_a_record_that_was_reaped_may_still_be_renewed_and_removed() -> None:
     (lease_folder() / "box.json").unlink()
     record.renew()
     record.remove()
+
+
+def _dead_owner() -> str:
+    boot, _, start, namespace = this_owner().split(":")
+    return f"{boot}:4194304:{start}:{namespace}"  # above the kernel's largest pid
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_reap_removes_folders_of_the_dead_and_no_others(temporary: Path) -> None:
+    orphan, living = make_folder("unsafe"), make_folder("probe")
+    (orphan / ".owner").write_text(_dead_owner())
+    other, aged = temporary / "palaestra-unsafe-mine", temporary / "palaestra-probe-aged"
+    for folder in (other, aged, temporary / "palaestra-unsafe-fresh"):
+        folder.mkdir()
+    (other / "file").touch()
+    (temporary / "palaestra-unsafe-link").symlink_to(orphan)
+    os.utime(aged, (time.time() - 100,) * 2)
+    told = {each.what for each in reap() if each.what.startswith("folder")}
+    assert told == {f"folder {orphan}", f"folder {aged}"}
+    assert not orphan.exists()
+    assert not aged.exists()
+    assert living.exists()
+    assert other.exists()
+
+
+@pytest.mark.parametrize("broken", ["fails", "hangs"])
+def test_a_folder_that_does_not_go_is_reported_and_the_next_ones_go(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    folders = [make_folder("unsafe") for _ in range(3)]
+    for folder in folders:
+        (folder / ".owner").write_text(_dead_owner())
+    original = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if command[-1] == str(folders[1]) and command[0] == "rm":
+            if broken == "hangs":
+                raise subprocess.TimeoutExpired(command, 1)
+            command = ["rm", "-rf", "--", "/proc/self/stat"]
+        return original(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for number, folder in enumerate(folders[:2]):
+        values = {"backend": "subprocess", "owner": _dead_owner(), "label": "", "handle": f"folder {folder}"}
+        (lease_folder() / f"x{number}.json").write_text(json.dumps({**values, "lifetime_s": 60.0}))
+    by_name = {each.what: each.error for each in reap()}
+    assert by_name["subprocess x0"] == ""
+    assert "could not be removed" in by_name["subprocess x1"]
+    assert "could not be removed" in by_name[f"folder {folders[1]}"]
+    assert by_name[f"folder {folders[2]}"] == ""
+    assert [folder.exists() for folder in folders] == [False, True, False]
+    assert [lease.id for lease in list_leases()] == ["x1"], "it stays on the list"
+
+
+def test_a_handle_that_is_none_is_reported() -> None:
+    values = {"backend": "mine", "owner": _dead_owner(), "label": "", "handle": "process what", "lifetime_s": 60.0}
+    (lease_folder() / "x.json").write_text(json.dumps(values))
+    assert [each.error for each in reap() if each.what == "mine x"] != [""]
+
+
+def test_a_probe_that_is_killed_leaves_nothing_that_reap_does_not_clear(temporary: Path) -> None:
+    code = """
+import sys
+from palaestra.sandboxes._probe import _host_targets, _sleeper
+with _host_targets(), _sleeper(sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    name = marker()
+    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", code, name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (folder,) = temporary.glob("palaestra-probe-*")
+        assert len(processes_with(name)) == 2
+        process.kill()
+    deadline_s = time.monotonic() + 5
+    while processes_with(name):
+        assert time.monotonic() < deadline_s
+    reap()
+    assert not folder.exists()
