@@ -22,7 +22,7 @@ from palaestra.sandboxes._owner import this_owner
 from palaestra.sandboxes._reaper import reap
 from palaestra.sandboxes._records import Record, lease_folder, list_leases
 from tests.sandboxes.conftest import require_backend
-from tests.sandboxes.hostview import marker, processes_with
+from tests.sandboxes.hostview import eventually, marker, processes_with
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ def test_a_handle_that_is_none_is_reported() -> None:
     assert [each.error for each in reap() if each.what == "mine x"] != [""]
 
 
-def test_a_probe_that_is_killed_leaves_nothing_that_reap_does_not_clear(temporary: Path) -> None:
+async def test_a_probe_that_is_killed_leaves_nothing_that_reap_does_not_clear(temporary: Path) -> None:
     code = """
 import sys
 from palaestra.sandboxes._probe import _host_targets, _sleeper
@@ -229,10 +229,8 @@ with _host_targets(), _sleeper(sys.argv[1]):
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         (folder,) = temporary.glob("palaestra-probe-*")
-        assert len(processes_with(name)) == 2
+        assert await eventually(lambda: len(processes_with(name)) == 2)
         process.kill()
-    deadline_s = time.monotonic() + 5
-    while processes_with(name):
-        assert time.monotonic() < deadline_s
+    assert await eventually(lambda: not processes_with(name))
     reap()
     assert not folder.exists()
