@@ -171,6 +171,8 @@ class ZygoteProcess:
                 discard(pidfd)
         elif "error" in message:
             future.set_exception(SandboxError(f"the kernel refused a sandbox: {message['error']}; {_REMEDY}"))
+        elif not fds:
+            future.set_exception(SandboxError("no file descriptor is free for a sandbox: raise `ulimit -n`"))
         else:
             # the number may be that of a box before it whose end was not told yet
             status = self._living[message["pid"]] = asyncio.get_running_loop().create_future()

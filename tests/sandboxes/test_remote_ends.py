@@ -265,6 +265,18 @@ async def test_without_the_token_nothing_is_done(token: str, monkeypatch: pytest
             assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
 
 
+@pytest.mark.parametrize("token", ["short", "töken of sixteen characters", "line\nend-0123456789abc", f"{_TOKEN}\n"])
+async def test_a_token_that_no_header_carries_is_refused_and_not_told(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(ConfigError, match=f"{TOKEN_VARIABLE} must be at least 16 printable ASCII") as caught:
+        await open_backend("http://127.0.0.1:9")
+    assert token not in str(caught.value)
+    with pytest.raises(ConfigError, match="at least 16 printable ASCII"):
+        serve(token=token)
+
+
 async def test_a_web_page_of_the_same_machine_is_refused(server: Server) -> None:
     hello = f"{server.url}/v1/hello"
     client = {CLIENT_HEADER: "f" * 32}
