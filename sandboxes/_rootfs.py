@@ -68,9 +68,9 @@ def ensure_rootfs() -> Rootfs:
     digest = _digest(programs)
     cache = cache_folder() / "rootfs"
     target = cache / digest
-    if target.is_dir():
-        return Rootfs(target, digest)
     try:
+        if target.is_dir():
+            return Rootfs(target, digest)
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{digest}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -94,8 +94,11 @@ def cache_folder() -> Path:
 
 
 def _is_open_to_all(folder: Path) -> bool:
-    existing = [path for path in (folder, *folder.parents) if path.exists()]
-    return all(path.stat().st_mode & 0o001 for path in existing)
+    try:
+        existing = [path for path in (folder, *folder.parents) if path.exists()]
+        return all(path.stat().st_mode & 0o001 for path in existing)
+    except OSError:
+        return False
 
 
 def _find_programs() -> dict[str, Path]:

@@ -36,8 +36,18 @@ def _to_json(diagnosis: Diagnosis) -> dict[str, object]:
             for each in diagnosis.machine
         ],
         "backends": {name: sorted(capabilities) for name, capabilities in diagnosis.backends.items()},
+        "remedies": {name: {what: how for what, how in _remedies(diagnosis, name)} for name in diagnosis.backends},
         "unavailable": diagnosis.unavailable,
     }
+
+
+def _remedies(diagnosis: Diagnosis, name: str) -> list[tuple[str, str]]:
+    """What a back end lacks, each with what helps."""
+    from palaestra.sandboxes import Capability
+    from palaestra.sandboxes.doctor import remedy_for
+
+    missing = [capability for capability in Capability if capability not in diagnosis.backends[name]]
+    return [(str(capability), remedy_for(name, capability, diagnosis.backends)) for capability in missing]
 
 
 def _show(diagnosis: Diagnosis) -> None:
@@ -55,6 +65,9 @@ def _show(diagnosis: Diagnosis) -> None:
             marks = [_mark(capability in diagnosis.backends[name]) for name in names]
             contains.add_row(capability.replace("_", " "), *marks)
         contains.show()
+        for name in names:
+            for what, how in _remedies(diagnosis, name):
+                typer.echo(f"{name}, no {what.replace('_', ' ')}: {how}")
     for name, reason in diagnosis.unavailable.items():
         typer.echo(visible(f"no {name}: {reason}"))
     if not diagnosis.can_isolate:
