@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ _CLI = "import sys; from palaestra.cli import main; sys.argv[0] = 'palaestra'; m
 _NOTHING = {"PATH": "/nowhere", "DOCKER_HOST": "unix:///nowhere/docker", "CONTAINER_HOST": "unix:///nowhere/podman"}
 
 
-def _run(*arguments: str, open_files: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    *arguments: str, open_files: int = 0, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     def limit() -> None:
         if open_files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
 
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environ}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environ or {})}
     command = [sys.executable, "-P", "-c", _CLI, *arguments]
     return subprocess.run(
         command,
@@ -58,7 +61,7 @@ def test_list_shows_every_label_as_it_is_and_whole(odd_label: str) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_bench_with_nothing_to_measure_tells_each_reason(flags: tuple[str, ...]) -> None:
-    done = _run("sandbox", "bench", *flags, **_NOTHING)
+    done = _run("sandbox", "bench", *flags, environ=_NOTHING)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert [line.split(":")[1] for line in lines] == [" no jail", " no docker", " no podman"]
@@ -101,11 +104,11 @@ asyncio.run(main())
 
 
 def test_doctor_where_nothing_isolates_ends_with_two_and_the_remedies() -> None:
-    done = _run("doctor", **_NOTHING)
+    done = _run("doctor", environ=_NOTHING)
     assert done.returncode == 2
     assert "install the package 'bubblewrap'" in done.stdout
     assert "nothing here contains code that nobody vouches for" in done.stdout
-    told: dict[str, Any] = json.loads(_run("doctor", "--json", **_NOTHING).stdout)
+    told: dict[str, Any] = json.loads(_run("doctor", "--json", environ=_NOTHING).stdout)
     assert told["can_isolate"] is False
     assert all(each["ok"] or each["remedy"] for each in told["machine"])
 
