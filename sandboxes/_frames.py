@@ -31,6 +31,14 @@ _FILE_OPS = frozenset({"read", "write", "put", "get", "snapshot", "restore"})
 Header = dict[str, Any]
 
 
+def check_token(token: str) -> None:
+    """Raise `ConfigError`, which does not tell it, for a token that no header can carry or that is soon guessed."""
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or token != token.strip():
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} must be at least 16 printable ASCII characters, without spaces or a line end around them"
+        )
+
+
 class FrameError(ValueError):
     """The bytes are no frames of this protocol, or too many."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import signal
 import socket
@@ -43,14 +42,13 @@ class JailBackend:
         self._knows_cgroups = False
         self._lock = asyncio.Lock()
         self._boxes: set[Box] = set()
-        self._numbers = itertools.count()
         self._closed = False
 
     async def create(self, spec: SandboxSpec) -> Box:
         """See `SandboxBackend.create`; raises `ConfigError` when this machine cannot make jails."""
         zygote = await self._running_zygote()
         config = server_config(spec, memory_per_process=self._cgroups is None, nproc=True)
-        box_id = f"jail-{os.getpid()}-{next(self._numbers)}"
+        box_id = f"jail-{os.getpid()}-{os.urandom(4).hex()}"  # another back end of this process makes boxes too
         ours, theirs = socket.socketpair()
         with theirs:
             io = StreamIO(*await asyncio.open_connection(sock=ours))  # closes the socket when it is cancelled

@@ -19,7 +19,7 @@ from typing import Protocol, Self
 from pydantic import Field
 
 from palaestra.config import Config
-from palaestra.errors import ConfigError, SandboxError
+from palaestra.errors import ConfigError, SandboxError, ungrouped
 from palaestra.sandboxes._limits import Capability, SandboxSpec
 from palaestra.sandboxes._probe import probe
 from palaestra.sandboxes._protocol import (
@@ -35,6 +35,7 @@ from palaestra.sandboxes._protocol import (
 from palaestra.sandboxes._records import Record
 
 _CORES = len(os.sched_getaffinity(0))
+_FORK_S = 60.0
 
 
 class Admission(Config):
@@ -112,12 +113,13 @@ class ManagedBackend:
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for box in list(self._boxes):
-                    group.create_task(box.aclose())
-        finally:
-            await self._raw.aclose()
+        with ungrouped():
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for box in list(self._boxes):
+                        group.create_task(box.aclose())
+            finally:
+                await self._raw.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -275,9 +277,22 @@ class _Gate:
 
 
 async def fork(backend: SandboxBackend, box: Sandbox, spec: SandboxSpec) -> Sandbox:
-    """A second box with the same files, from which both go their own ways."""
+    """A second box with the same files, from which both go their own ways.
+
+    Raises `SandboxError` when none is made within a minute: where every place is held by a box that is to be forked,
+    none ever comes free.
+    """
     snapshot = await box.snapshot()
-    twin = await backend.create(spec)
+    try:
+        async with asyncio.timeout(_FORK_S) as scope:
+            twin = await backend.create(spec)
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise SandboxError(
+            f"no second box for a fork within {_FORK_S:g} s: the box it starts from, {box.id}, holds a place itself; "
+            "close others, or raise Admission.max_boxes"
+        ) from error
     try:
         await twin.restore(snapshot)
     except BaseException:

@@ -12,13 +12,13 @@ import json
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from palaestra.errors import PalaestraError, SandboxError
+from palaestra.sandboxes._folders import owned_folder
 from palaestra.sandboxes._limits import Capability, Limits, SandboxSpec
 from palaestra.sandboxes._protocol import Ended, ExecResult, Sandbox
 
@@ -311,13 +311,13 @@ async def _reaches_only_allowed(backend: Maker) -> bool:
 def _host_targets() -> Iterator[dict[str, object]]:
     """Things of the host that a box must not reach; they are really there while the block runs."""
     with (
-        tempfile.TemporaryDirectory(prefix="palaestra-probe-") as folder,
+        owned_folder("probe") as folder,
         socket.create_server(("0.0.0.0", 0)) as server,
         socket.socket(socket.AF_UNIX) as abstract,
     ):
-        secret = Path(folder, "secret")
+        secret = folder / "secret"
         secret.write_text("secret")
-        for path, mode in ((Path(folder), 0o755), (secret, 0o644)):
+        for path, mode in ((folder, 0o755), (secret, 0o644)):
             path.chmod(mode)
         name = f"palaestra-probe-{os.getpid()}-{os.urandom(3).hex()}"
         abstract.bind("\0" + name)
@@ -341,8 +341,9 @@ def _own_address() -> str:
 
 
 @contextmanager
-def _sleeper(seconds: str) -> Iterator[None]:
-    with subprocess.Popen(["sleep", seconds]) as process:
+def _sleeper(name: str) -> Iterator[None]:
+    """A process with this word in its command line, which ends when ours does, however violently."""
+    with subprocess.Popen(["sh", "-c", "read _", name], stdin=subprocess.PIPE) as process:
         try:
             yield
         finally:

@@ -113,9 +113,11 @@ class RemoteBackend:
 
     async def _hold_on(self) -> None:
         while True:
+            began_s = asyncio.get_running_loop().time()
             with contextlib.suppress(PalaestraError):  # whoever uses a box is told
                 await self._pulse.call("hold", work_s=HOLD_S)
-            await asyncio.sleep(_AGAIN_S)
+            if asyncio.get_running_loop().time() - began_s < _AGAIN_S:  # at once after one that held for a while
+                await asyncio.sleep(_AGAIN_S)
 
     async def _keep_alive(self, every_s: float) -> None:
         while True:

@@ -88,6 +88,7 @@ class _Desk:
     def answer(self, op: str, client: str, request: Header, body: bytes) -> Answer:
         """The answer to a request, whose box ends when the client does not wait for it."""
         touched: list[Held] = []
+        was_in_doubt = self._leases.heard(client)
 
         async def work(emit: Emit) -> tuple[Header, bytes]:
             if op in BOX_OPERATIONS:
@@ -99,6 +100,8 @@ class _Desk:
         def lost() -> None:
             for held in touched:
                 self._leases.drop(held)
+            if was_in_doubt:  # the request had been on its way when its client ended
+                self._leases.let_go(client)
 
         return Answer(op, work, lost)
 
