@@ -60,6 +60,7 @@ class ZygoteProcess:
     def __init__(self, rootfs: Rootfs) -> None:
         """Start bubblewrap; raises `ConfigError` when it is not installed. `aclose` ends it, ready or not."""
         bwrap = find_bwrap()
+        self.rootfs = rootfs
         self._hold = rootfs.hold()
         self.is_dead = False
         self._numbers = itertools.count()

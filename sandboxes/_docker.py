@@ -88,6 +88,11 @@ class DockerBackend:
             raise
         return box
 
+    async def circumstances(self) -> tuple[str, ...]:
+        """What decides which capabilities there are: with the same, they are not proved again."""
+        client = await self._connected()
+        return self.name, str(client.base_url), *self._urls(), self._image
+
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
         self._closed = True

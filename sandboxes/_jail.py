@@ -80,6 +80,11 @@ class JailBackend:
             raise
         return box
 
+    async def circumstances(self) -> tuple[str, ...]:
+        """What decides which capabilities there are: with the same, they are not proved again."""
+        zygote = await self._running_zygote()
+        return self.name, zygote.rootfs.digest, "cgroups" if self._cgroups is not None else ""
+
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
         self._closed = True

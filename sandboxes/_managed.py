@@ -38,6 +38,10 @@ _CORES = len(os.sched_getaffinity(0))
 _FORK_S = 60.0
 
 
+_PROVED: dict[tuple[str, ...], dict[Capability, bool]] = {}
+"""What was proved by this process, by the circumstances that decide it."""
+
+
 class Admission(Config):
     """How much of a back end is in use at once; what comes beyond waits its turn."""
 
@@ -74,7 +78,7 @@ class ManagedBackend:
         self._alive = _Gate("boxes in use", admission.max_boxes, admission.queue_s)
         self._creating = _Gate("boxes being made", admission.max_creating, admission.queue_s)
         self._running = _Gate("executions under way", admission.max_running, admission.queue_s)
-        self._proved: dict[Capability, bool] = {}
+        self._proved: dict[Capability, bool] | None = None
         self._proving = asyncio.Lock()
         self._boxes: set[LeasedBox] = set()
 
@@ -129,6 +133,8 @@ class ManagedBackend:
 
     async def _prove(self, wanted: frozenset[Capability]) -> frozenset[Capability]:
         async with self._proving:
+            if self._proved is None:
+                self._proved = await self._known()
             unknown = wanted - self._proved.keys()
             if unknown:
                 told = getattr(self._raw, "capabilities", None)
@@ -136,8 +142,13 @@ class ManagedBackend:
                     self._proved |= await probe(self._raw, unknown)
                 else:
                     known = await told()
-                    self._proved = {capability: capability in known for capability in Capability}
+                    self._proved |= {capability: capability in known for capability in Capability}
             return frozenset(capability for capability, is_there in self._proved.items() if is_there)
+
+    async def _known(self) -> dict[Capability, bool]:
+        """What this process has proved of a back end in the same circumstances; to be added to."""
+        circumstances = getattr(self._raw, "circumstances", None)
+        return {} if circumstances is None else _PROVED.setdefault(await circumstances(), {})
 
     async def _refuse_missing(self, spec: SandboxSpec) -> None:
         missing = sorted(spec.required - await self._prove(spec.required))
