@@ -44,6 +44,7 @@ def reap(now_s: float | None = None) -> list[Reaped]:
     sweeps: tuple[tuple[str, Callable[[], list[str]]], ...] = (
         ("cgroup", _cgroups.sweep),
         ("folder", _subprocess.sweep),
+        ("browser's folder", _sweep_browsers),
         ("docker container", lambda: _sweep_containers("docker")),
         ("podman container", lambda: _sweep_containers("podman")),
     )
@@ -77,6 +78,8 @@ def _end(lease: Lease) -> None:
             _containers.remove(client, lease.id)
     elif kind == "folder":
         _subprocess.remove_folder(Path(value))
+    elif kind == "tab" and not lease.is_orphan:  # its browser, which others use too, is another entry's
+        raise OSError("its owner lives, and has not ended it")
     forget(lease.id)
 
 
@@ -93,6 +96,14 @@ def _kill(process: str) -> None:
         return
     finally:
         os.close(pidfd)
+
+
+def _sweep_browsers() -> list[str]:
+    try:
+        from palaestra.sandboxes.browser import _folder
+    except ImportError:
+        return []
+    return _folder.sweep()
 
 
 def _sweep_containers(engine: str) -> list[str]:

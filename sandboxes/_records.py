@@ -21,7 +21,8 @@ from palaestra.sandboxes._owner import is_dead, is_of_another_boot, owner_of, th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`."""
+    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`,
+    `tab BROWSER`."""
 
     id: str
     backend: str

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from functools import cache
 from pathlib import Path
 
 from palaestra.errors import ConfigError
-from palaestra.sandboxes.browser import STRICT_POLICY, BrowserPool, Resource, Site, find_chromium
+from palaestra.sandboxes.browser import STRICT_POLICY, BrowserPool, Resource, Site, find_chromium, why_no_cage
 from palaestra.sandboxes.browser._processes import family_of
 from tests.conftest import require
 from tests.sandboxes.hostview import eventually
@@ -17,14 +18,17 @@ from tests.sandboxes.hostview import eventually
 HTML = "text/html; charset=utf-8"
 PAGE = b"<!DOCTYPE html><body>hello<script>function twice(x) { return 2 * x }</script></body>"
 NO_POLICY = ""
+_why_no_cage = cache(why_no_cage)
 
 
 def require_chromium() -> None:
-    """Skip, or fail, when there is no Chromium."""
+    """Skip, or fail, when there is no Chromium or no cage for it."""
     try:
-        find_chromium()
+        chromium = find_chromium()
     except ConfigError as error:
         require("chromium", str(error))
+    else:
+        require("bwrap", _why_no_cage(chromium))
 
 
 def site_of(body: bytes = PAGE, policy: str = STRICT_POLICY, origin: str = "http://site.invalid") -> Site:
