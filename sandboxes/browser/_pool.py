@@ -291,8 +291,11 @@ class BrowserPool:
     async def _watch(self, browser: Chromium) -> None:
         """Look after a browser while it lives."""
         watch = MemoryWatch(browser, self._config.memory_mb / SHARE_OF_ALL)
+        renewed_s = time.monotonic()
         while browser.is_alive:
-            browser.renew()
+            if time.monotonic() - renewed_s > self._config.lifetime_s / 2:
+                renewed_s = time.monotonic()
+                browser.renew()
             tabs = [tab for tab in self._leased if tab.chromium is browser and tab.failure is None]
             culprit = await watch.look(tabs)
             if culprit is not None:

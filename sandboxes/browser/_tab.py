@@ -181,7 +181,7 @@ class Tab:
         limit_s = self._config.load_timeout_s
         self._site_errors.clear()
         try:
-            await self.run(f"goto {url}", lambda: self.page.goto(url, timeout=1000 * limit_s), limit_s + _MARGIN_S)
+            await self.run(f"goto {url}", lambda: self._load(url, limit_s), limit_s + 2 * _MARGIN_S)
         except PlaywrightTimeoutError as error:
             self.spoil()
             raise TabError(f"{url} did not load within {limit_s:g} s", "page", "timeout") from error
@@ -189,6 +189,17 @@ class Tab:
             for site_error in self._site_errors:
                 raise site_error from error
             raise TabError(f"the site has nothing to show at {url}: {_line(error)}", "page", "address") from error
+
+    async def _load(self, url: str, limit_s: float) -> None:
+        try:
+            await self.page.goto(url, timeout=1000 * limit_s)
+        except PlaywrightTimeoutError:
+            raise
+        except PlaywrightError:
+            # Chromium is about to show a page of its own, which would cut off the next navigation.
+            with contextlib.suppress(PlaywrightError):
+                await self.page.wait_for_url("chrome-error://**", wait_until="commit", timeout=1000 * _MARGIN_S)
+            raise
 
     async def processor_s(self) -> float | None:
         """Processor time that the page's process has used, in seconds; None when the page does not answer at once."""

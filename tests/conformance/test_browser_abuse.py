@@ -92,7 +92,7 @@ async def test_65_endless_loop_between_calls_is_closed_in_time(pool: BrowserPool
 
 
 async def test_66_memory_beyond_the_limit_is_the_pages_doing(patient_pool: BrowserPool) -> None:
-    require("memory-cgroup", None if patient_pool.limits_memory else "none on this machine, and the pool says so")
+    require("bwrap", None if patient_pool.limits_memory else "no memory cgroup, and the pool says so")
     async with bystander(patient_pool), patient_pool.lease() as tab:
         failure = await failure_of(tab, _HOG)
         assert (failure.by, failure.ended) == ("page", "oom")
