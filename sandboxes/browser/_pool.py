@@ -300,6 +300,8 @@ class BrowserPool:
             culprit = await watch.look(tabs)
             if culprit is not None:
                 self._end_early(*culprit)
+            if watch.is_worn and browser is self._current:
+                self._is_bloated = True
             await asyncio.sleep(_LOOK_S)
 
     def _expire(self, tab: Tab) -> None:

@@ -48,7 +48,7 @@ async def _text_at(page: Page, url: str) -> str:
         await page.goto(url, timeout=3000)
     except PlaywrightError as error:
         return f"refused: {error}"
-    return await page.evaluate("document.documentElement.innerText")
+    return str(await page.evaluate("document.documentElement.innerText"))
 
 
 async def _shown(tab: Tab, url: str) -> str:
