@@ -18,14 +18,14 @@ from pathlib import Path
 
 from palaestra.sandboxes._owner import is_dead, this_owner
 
-_PREFIXES = ("palaestra-unsafe-", "palaestra-probe-")
+_PREFIXES = ("palaestra-unsafe-", "palaestra-probe-", "palaestra-browser-")
 _OWNER_FILE = ".owner"
 _NAMELESS_S = 60.0
 _REMOVE_S = 30.0
 
 
 def make_folder(kind: str) -> Path:
-    """A new temporary folder of this process, `kind` being `unsafe` or `probe`; raises `OSError`, leaving nothing."""
+    """A new temporary folder of this process, of one of the kinds above; raises `OSError`, leaving nothing."""
     prefix = f"palaestra-{kind}-"
     assert prefix in _PREFIXES, "what is not listed is not found again"
     folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()

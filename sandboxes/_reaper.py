@@ -85,6 +85,8 @@ def _end(lease: Lease) -> None:
             _containers.remove(client, lease.id)
     elif kind == "folder":
         remove_folder(Path(value))
+    elif kind == "tab" and not lease.is_orphan:  # its browser, which others use too, is another entry's
+        raise OSError("its owner lives, and has not ended it")
     forget(lease.id)
 
 

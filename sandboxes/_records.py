@@ -29,7 +29,8 @@ _PARTIAL_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`."""
+    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`,
+    `tab BROWSER`."""
 
     id: str
     backend: str

@@ -162,13 +162,16 @@ def _system_calls() -> Finding:
 
 
 def _browser() -> Finding:
-    from palaestra.sandboxes.browser import find_chromium
+    from palaestra.sandboxes.browser import find_chromium, why_no_cage
 
     try:
         chromium = find_chromium()
     except PalaestraError as error:
         return Finding("Chromium", False, "not found", str(error))
-    return Finding("Chromium", True, str(chromium))
+    reason = why_no_cage(chromium)
+    if reason is not None:
+        return Finding("Chromium", False, f"{chromium}, which cannot be caged", reason)
+    return Finding("Chromium", True, f"{chromium}, in a cage of its own")
 
 
 def _memory() -> Finding:
