@@ -20,13 +20,27 @@ import pytest_asyncio
 
 from palaestra.errors import ConfigError
 from palaestra.sandboxes import Capability, Sandbox, SandboxBackend, SandboxSpec, open_backend
-from tests.conformance.abuse import filesystem, grading, kernel, lifecycle, network, output, process
-from tests.conformance.abuse.scene import ATTEMPTS, Attempt, Scene, proves_itself
+from tests.conformance.abuse import (
+    amounts,
+    archives,
+    endings,
+    filesystem,
+    grading,
+    hosts,
+    kernel,
+    lifecycle,
+    names,
+    network,
+    output,
+    reach,
+)
+from tests.conformance.abuse.scene import ATTEMPTS, Attempt, Scene
 from tests.sandboxes.conftest import BACKENDS, require_backend
 from tests.sandboxes.hostview import processes_with
 from tests.sandboxes.remote_server import running_server
 
-_THEMES = (filesystem, process, output, network, kernel, grading, lifecycle)
+_THEMES = (filesystem, names, archives, amounts, endings, reach, output, network, kernel, grading, lifecycle, hosts)
+ALL = [ATTEMPTS[number] for number in sorted(ATTEMPTS)]
 _OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (5, 6), "remote": (57,)}
 """What a back end does not contain even where the machine has all it needs; the remote one serves jails."""
 _MORE: dict[str, tuple[int, ...]] = {"podman": (21,)}
@@ -94,7 +108,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", ATTEMPTS.values(), ids=str)
+@pytest.mark.parametrize("attempt", ALL, ids=str)
 @pytest.mark.parametrize("yard", BACKENDS, indirect=True)
 async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
     if attempt.backends and yard.backend.name not in attempt.backends:
@@ -114,7 +128,7 @@ async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", [one for one in ATTEMPTS.values() if one.control is not proves_itself], ids=str)
+@pytest.mark.parametrize("attempt", ALL, ids=str)
 async def test_positive_control(
     attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
 ) -> None:
@@ -128,6 +142,22 @@ async def test_positive_control(
             assert attempt.capability not in capabilities
     finally:
         await scene.aclose()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("attempt", [one for one in ALL if one.capability is None], ids=str)
+async def test_what_every_backend_must_contain_is_contained_without_isolation_too(
+    attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
+) -> None:
+    backend, capabilities = unsafe
+    if attempt.backends and backend.name not in attempt.backends:
+        pytest.skip(f"{backend.name} has nothing that this attacks")
+    scene = Scene(backend, capabilities, await backend.create(SandboxSpec()), folder)
+    try:
+        assert await attempt.attack(scene)
+    finally:
+        await scene.aclose()
+    assert processes_with(scene.marker) == []
 
 
 def test_every_number_is_there() -> None:

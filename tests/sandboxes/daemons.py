@@ -111,12 +111,19 @@ class Line:
         self.path = path
         self._writers: set[asyncio.StreamWriter] = set()
         self._is_cut = False
+        self._is_open = asyncio.Event()
+        self._is_open.set()
 
     def cut(self) -> None:
         """End every connection, both ways, and take no more: to both sides the other one was killed."""
         self._is_cut = True
+        self._is_open.set()
         for writer in list(self._writers):
             writer.transport.abort()
+
+    def hang(self) -> None:
+        """Carry nothing more, and end nothing: to both sides the other one has fallen silent."""
+        self._is_open.clear()
 
     async def carry(self, target: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass bytes both ways until one end closes."""
@@ -128,20 +135,21 @@ class Line:
         self._writers |= pair
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_pass(reader, far_writer))
-                group.create_task(_pass(far_reader, writer))
+                group.create_task(self._pass(reader, far_writer))
+                group.create_task(self._pass(far_reader, writer))
         finally:
             self._writers -= pair
             for one in pair:
                 one.transport.abort()
 
-
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                await self._is_open.wait()
+                writer.write(data)
+                await writer.drain()
+            await self._is_open.wait()
+            writer.write_eof()
 
 
 @asynccontextmanager

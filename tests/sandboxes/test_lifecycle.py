@@ -16,7 +16,7 @@ import pytest
 from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes import SandboxBackend, SandboxSpec, _bwrap, open_backend
 from palaestra.sandboxes._rootfs import ensure_rootfs
-from tests.sandboxes.hostview import children_of, eventually, marker, processes_with, traces_of
+from tests.sandboxes.hostview import Ground, children_of, eventually, marker, processes_with, traces_of
 
 _HARNESS = """
 import asyncio, sys
@@ -36,7 +36,7 @@ asyncio.run(main())
 @pytest.mark.usefixtures("held_here")
 async def test_close_leaves_no_process_descriptor_cgroup_or_container(backend_name: str) -> None:
     before = len(os.listdir("/proc/self/fd")), set(children_of(os.getpid()))
-    name = marker()
+    name, ground = marker(), Ground()
     backend = await open_backend(backend_name)
     box = await backend.create(SandboxSpec())
     running = asyncio.ensure_future(box.exec(["sleep", name]))
@@ -48,6 +48,7 @@ async def test_close_leaves_no_process_descriptor_cgroup_or_container(backend_na
     await backend.aclose()
     await backend.aclose()
     assert traces_of(os.getpid()) == []
+    assert await eventually(lambda: ground.left() == [])
     assert (len(os.listdir("/proc/self/fd")), set(children_of(os.getpid()))) == before
 
 
@@ -75,7 +76,7 @@ async def test_nothing_passes_from_one_box_to_the_next(backend: SandboxBackend) 
 @pytest.mark.usefixtures("held_here")
 @pytest.mark.parametrize("moment", ["busy", "idle"])
 async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -> None:
-    name = marker()
+    name, ground = marker(), Ground()
     command = [sys.executable, "-P", "-c", _HARNESS, backend_name, name]
     with _start(command) as harness:
         assert harness.stdout is not None
@@ -87,13 +88,13 @@ async def test_a_killed_harness_leaves_nothing(backend_name: str, moment: str) -
         harness.send_signal(signal.SIGKILL)
     assert await eventually(lambda: not processes_with(name))
     assert await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in offspring))
-    assert await eventually(lambda: not traces_of(harness.pid))
+    assert await eventually(lambda: not traces_of(harness.pid) and ground.left() == [])
 
 
 @pytest.mark.usefixtures("held_here")
 async def test_cancelled_creation_leaks_nothing(backend: SandboxBackend, backend_name: str) -> None:
     await (await backend.create(SandboxSpec())).aclose()  # warm up
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors, ground = len(os.listdir("/proc/self/fd")), Ground()
     step_s, count = (0.0008, 12) if backend_name == "jail" else (0.08, 5)
     for number in range(count):
         creating = asyncio.ensure_future(backend.create(SandboxSpec()))
@@ -105,7 +106,7 @@ async def test_cancelled_creation_leaks_nothing(backend: SandboxBackend, backend
     if backend_name == "jail":  # Docker's client keeps connections
         assert await eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
     else:
-        assert traces_of(os.getpid()) == []
+        assert await eventually(lambda: traces_of(os.getpid()) == [] and ground.left() == [])
     assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
 
 
@@ -220,14 +221,14 @@ async def test_many_lifecycles_leave_counts_flat(backend: SandboxBackend, backen
             await box.aclose()
 
     await live(1)
-    before = len(os.listdir("/proc/self/fd"))
+    before, ground = len(os.listdir("/proc/self/fd")), Ground()
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
             group.create_task(live(15 if backend_name == "jail" else 1))
     if backend_name == "jail":  # Docker's client keeps connections
         assert len(os.listdir("/proc/self/fd")) <= before
     else:
-        assert traces_of(os.getpid()) == []
+        assert await eventually(lambda: traces_of(os.getpid()) == [] and ground.left() == [])
 
 
 async def test_what_a_killed_guard_left_is_swept_at_the_next_start(backend_name: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from palaestra.sandboxes import Capability, ExecResult, Limits, Sandbox, SandboxBackend, SandboxSpec
+from palaestra.sandboxes._protocol import OnOutput
 from tests.sandboxes.hostview import marker
 
 CLOSE_S = 2.0
@@ -84,10 +85,17 @@ class Scene:
         return box
 
     async def run(
-        self, code: str, *, box: Sandbox | None = None, wall_s: float | None = None, **told: Any
+        self,
+        code: str,
+        *,
+        box: Sandbox | None = None,
+        wall_s: float | None = None,
+        on_output: OnOutput | None = None,
+        **told: Any,
     ) -> ExecResult:
         """Run a payload with the kit before it; what it is told arrives as `told`."""
-        return await (box or self.box).run_python(KIT + code, stdin=json.dumps(told).encode(), wall_s=wall_s)
+        stdin = json.dumps(told).encode()
+        return await (box or self.box).run_python(KIT + code, stdin=stdin, wall_s=wall_s, on_output=on_output)
 
     async def ask(self, code: str, *, box: Sandbox | None = None, wall_s: float | None = None, **told: Any) -> Any:
         """What a payload put into `said`; it must have come to its end."""
@@ -155,10 +163,6 @@ def attempt(
     return enlist
 
 
-async def proves_itself(scene: Scene) -> None:
-    """The control of an attempt that asserts, wherever it runs, that its payload did what it says."""
-
-
 @contextmanager
 def sleeper(seconds: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process of the host that nothing in a box may touch."""
@@ -169,27 +173,38 @@ def sleeper(seconds: str) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def peak_memory() -> int:
-    """The most memory this process had at once since `reset_peak_memory`, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def peak_memory(pid: int) -> int:
+    """The most memory that a process had at once since `reset_peak_memory`, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
     raise AssertionError("the kernel does not tell VmHWM")
 
 
-def reset_peak_memory() -> int:
+def reset_peak_memory(pid: int) -> int:
     """Begin to measure the peak anew, and what it is now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak_memory(pid)
 
 
-async def raises_os_error(action: Awaitable[object], within_s: float) -> bool:
-    """Whether something is refused like a file operation, in time."""
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process with all its threads has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def bytes_to_disk(pid: int) -> int:
+    """What a process has made the kernel write to a disk so far."""
+    return int(Path(f"/proc/{pid}/io").read_text().partition("\nwrite_bytes:")[2].split()[0])
+
+
+async def raises_os_error(action: Awaitable[object], within_s: float, *words: str) -> bool:
+    """Whether something is refused like a file operation, in time, and with these words."""
     try:
         async with asyncio.timeout(within_s):
             await action
     except TimeoutError:
         return False  # it is an OSError too
-    except OSError:
-        return True
+    except OSError as error:
+        return all(word in str(error) for word in words)
     return False
