@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from palaestra.sandboxes import _reaper, _records, _subprocess
+from palaestra.sandboxes import _reaper, _records
 from palaestra.sandboxes._owner import owner_of
 from palaestra.sandboxes.leases import Record, list_leases, reap
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.hostview import Ground, eventually, marker, processes_with, traces_of
 from tests.sandboxes.remote_server import start_python
 
+_UNSAFE = "palaestra-unsafe-"
 _PALAESTRA = Path(sys.executable).with_name("palaestra")
 _OWNER = """
 import asyncio, sys
@@ -103,7 +104,7 @@ async def test_boxes_of_a_living_owner_stay_and_those_of_a_dead_one_go(name: str
     if name == "subprocess":  # which isolates nothing: what it ran goes on, and is ours to end
         for pid in processes_with(f"sleep\0{sleeper}"):
             os.kill(pid, signal.SIGKILL)
-        assert list(Path(tempfile.gettempdir()).glob(f"{_subprocess.PREFIX}*")) == []
+        assert list(Path(tempfile.gettempdir()).glob(f"{_UNSAFE}*")) == []
     assert await eventually(lambda: not processes_with(f"sleep\0{sleeper}"))
     assert await eventually(lambda: traces_of(owner.pid) == [] and ground.left() == [])
 
@@ -152,9 +153,9 @@ async def test_what_cannot_be_ended_stays_listed_with_an_error(listed: Path, mon
 
 
 async def test_a_cgroup_and_a_folder_of_a_dead_owner_go_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=_subprocess.PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix=_UNSAFE))
     (folder / ".owner").write_text(_dead_owner())
-    ours = Path(tempfile.mkdtemp(prefix=_subprocess.PREFIX))
+    ours = Path(tempfile.mkdtemp(prefix=_UNSAFE))
     (ours / ".owner").write_text(owner_of(os.getpid()))
     cleared = {one.what for one in reap()}
     assert f"folder {folder}" in cleared
