@@ -29,7 +29,7 @@ _LIMITS = BrowserConfig(max_tabs=2, num_ready=0, call_timeout_s=0.5, load_timeou
 def _own_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list, and temporary folders, of these tests alone."""
     require_chromium()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
@@ -71,8 +71,8 @@ async def test_a_list_that_cannot_be_kept_leaves_no_tab_leased(
     pool: BrowserPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as context:
-        context.setenv("XDG_RUNTIME_DIR", str(tmp_path / "nothing"))
-        with pytest.raises(ConfigError, match="cannot keep the list"):
+        context.setenv("TMPDIR", str(tmp_path / "nothing"))
+        with pytest.raises(ConfigError, match="set TMPDIR"):
             await pool.acquire()
     await pool._enders.join()
     assert (pool.num_leased, await pool.num_contexts()) == (0, 0)

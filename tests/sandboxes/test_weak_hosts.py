@@ -50,7 +50,7 @@ for url in sys.stdin.read().split():
 class _Forgetful(dict[tuple[str, ...], dict[Capability, bool]]):
     """Remembers no proof, since the same back end is weaker from one moment to the next here."""
 
-    def setdefault(self, _: object, proved: dict[Capability, bool], /) -> dict[Capability, bool]:  # type: ignore[override]
+    def setdefault(self, _: object, proved: dict[Capability, bool], /) -> dict[Capability, bool]:
         return proved
 
 
