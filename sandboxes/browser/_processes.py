@@ -48,11 +48,11 @@ def parent_of(pid: int) -> int:
 
 def family_of(pid: int) -> list[int]:
     """The process and its descendants, as far as they still run."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return [pid]
+    children: list[int] = []
+    with contextlib.suppress(OSError):  # it is gone
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # a thread that ended meanwhile has no children
+                children += map(int, (task / "children").read_text().split())
     return [pid, *(one for child in children for one in family_of(child))]
 
 
