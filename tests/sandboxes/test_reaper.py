@@ -21,6 +21,7 @@ import pytest
 from palaestra.sandboxes import _reaper, _records
 from palaestra.sandboxes._owner import owner_of
 from palaestra.sandboxes.leases import Record, list_leases, reap
+from tests.conformance.abuse.scene import sleeper
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.hostview import Ground, eventually, marker, processes_with, traces_of
 from tests.sandboxes.remote_server import start_python
@@ -89,27 +90,32 @@ def _record(folder: Path, name: str, handle: str, *, owner: str | None = None, a
 async def test_boxes_of_a_living_owner_stay_and_those_of_a_dead_one_go(name: str) -> None:
     if name != "subprocess":
         require_backend(name)
-    ground, sleeper = Ground(), marker()
-    with _owner(name, sleeper) as (owner, box):
+    ground, asleep = Ground(), marker()
+    with _owner(name, asleep) as (owner, box):
         assert [lease.id for lease in list_leases()] == [box]
         assert [one for one in reap() if box in one.what] == []
         assert [lease.id for lease in list_leases()] == [box]
-        assert processes_with(f"sleep\0{sleeper}")
+        assert processes_with(f"sleep\0{asleep}")
         owner.send_signal(signal.SIGKILL)
         owner.wait()
         (reaped,) = [one for one in reap() if one.what == f"{name} {box}"]
         assert (reaped.why, reaped.error) == ("its owner is gone", "")
         assert list_leases() == []
     if name == "subprocess":  # which isolates nothing: what it ran goes on, and is ours to end
-        for pid in processes_with(f"sleep\0{sleeper}"):
+        for pid in processes_with(f"sleep\0{asleep}"):
             os.kill(pid, signal.SIGKILL)
+<<<<<<< HEAD
         assert list(Path(tempfile.gettempdir()).glob(f"{_UNSAFE}*")) == []
     assert await eventually(lambda: not processes_with(f"sleep\0{sleeper}"))
+=======
+        assert list(Path(tempfile.gettempdir()).glob(f"{_subprocess.PREFIX}*")) == []
+    assert await eventually(lambda: not processes_with(f"sleep\0{asleep}"))
+>>>>>>> proof
     assert await eventually(lambda: traces_of(owner.pid) == [] and ground.left() == [])
 
 
 async def test_a_jail_that_outlives_its_dead_owner_is_ended(listed: Path) -> None:
-    with subprocess.Popen(["sleep", marker()]) as leaked:
+    with sleeper(marker()) as leaked:
         _record(listed, "jail-leaked", f"process {owner_of(leaked.pid)}", owner=_dead_owner())
         (reaped,) = [one for one in reap() if one.what == "jail jail-leaked"]
         assert reaped.error == ""
@@ -118,17 +124,16 @@ async def test_a_jail_that_outlives_its_dead_owner_is_ended(listed: Path) -> Non
 
 
 async def test_another_process_with_the_number_of_a_box_is_not_killed(listed: Path) -> None:
-    with subprocess.Popen(["sleep", marker()]) as stranger:
+    with sleeper(marker()) as stranger:
         boot, pid, began, namespace = owner_of(stranger.pid).split(":")
         earlier = f"{boot}:{pid}:{int(began) - 1}:{namespace}"
         _record(listed, "jail-earlier", f"process {earlier}", owner=_dead_owner())
         assert [one.error for one in reap() if one.what == "jail jail-earlier"] == [""]
         assert stranger.poll() is None
-        stranger.kill()
 
 
 async def test_an_expired_lease_goes_though_its_owner_lives_and_one_within_its_grace_stays(listed: Path) -> None:
-    with subprocess.Popen(["sleep", marker()]) as over, subprocess.Popen(["sleep", marker()]) as late:
+    with sleeper(marker()) as over, sleeper(marker()) as late:
         _record(listed, "jail-over", f"process {owner_of(over.pid)}", age_s=10.0 + _reaper._GRACE_S + 1.0)
         _record(listed, "jail-late", f"process {owner_of(late.pid)}", age_s=10.0 + _reaper._GRACE_S - 5.0)
         (reaped,) = [one for one in reap() if one.what.startswith("jail jail-")]
@@ -136,7 +141,6 @@ async def test_an_expired_lease_goes_though_its_owner_lives_and_one_within_its_g
         assert over.wait(5) == -signal.SIGKILL
         assert late.poll() is None
         assert [lease.id for lease in list_leases()] == ["jail-late"]
-        late.kill()
 
 
 async def test_what_cannot_be_ended_stays_listed_with_an_error(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
