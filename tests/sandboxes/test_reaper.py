@@ -104,13 +104,8 @@ async def test_boxes_of_a_living_owner_stay_and_those_of_a_dead_one_go(name: str
     if name == "subprocess":  # which isolates nothing: what it ran goes on, and is ours to end
         for pid in processes_with(f"sleep\0{asleep}"):
             os.kill(pid, signal.SIGKILL)
-<<<<<<< HEAD
         assert list(Path(tempfile.gettempdir()).glob(f"{_UNSAFE}*")) == []
-    assert await eventually(lambda: not processes_with(f"sleep\0{sleeper}"))
-=======
-        assert list(Path(tempfile.gettempdir()).glob(f"{_subprocess.PREFIX}*")) == []
     assert await eventually(lambda: not processes_with(f"sleep\0{asleep}"))
->>>>>>> proof
     assert await eventually(lambda: traces_of(owner.pid) == [] and ground.left() == [])
 
 
