@@ -120,7 +120,7 @@ class _Counts:
 
 def _unsafe_folders() -> list[Path]:
     """The files that tell whose a folder of the back end without isolation is."""
-    return list(Path(tempfile.gettempdir()).glob(f"{palaestra-unsafe-}*/.owner"))
+    return list(Path(tempfile.gettempdir()).glob("palaestra-unsafe-*/.owner"))
 
 
 async def _at_once(width: int, count: int, live: Callable[[], Awaitable[None]], until_s: float = 0.0) -> int:
