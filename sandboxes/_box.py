@@ -1,7 +1,8 @@
 """A box behind a byte channel: what is asked of it, and whose fault it is when it ends.
 
 Invariants: a box that ends while the agent's code runs is the agent's doing unless the host can tell that it was
-not; one that ends before or between executions never is. Either way it is destroyed and never used again.
+not; one that ends before or between executions never is, unless its own memory ran out. Either way it is destroyed
+and never used again, and what the agent ended stays its doing.
 """
 
 from __future__ import annotations

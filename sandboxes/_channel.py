@@ -80,11 +80,19 @@ class Channel:
                 os._exit(0)
 
     def send_file(self, header: dict[str, Any], fd: int, count: int) -> None:
-        """Write one frame whose body is the next `count` bytes of a file, without holding them."""
+        """Write one frame whose body is the next `count` bytes of a file, without holding them.
+
+        Where the file does not give them the frame cannot be kept: then this process ends, by no fault of the agent's.
+        """
         text = json.dumps(header).encode()
         self._write(FRAME.pack(len(text), count) + text)
         while count:
-            chunk = os.read(fd, min(count, _CHUNK)) or bytes(min(count, _CHUNK))  # a frame keeps the size it promised
+            try:
+                chunk = os.read(fd, min(count, _CHUNK))
+            except OSError:
+                chunk = b""
+            if not chunk:
+                os._exit(0)
             self._write(chunk)
             count -= len(chunk)
 

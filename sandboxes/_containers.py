@@ -85,7 +85,7 @@ def _try_socket(url: str) -> None:
 
 
 def ensure_image(client: docker.APIClient) -> str:
-    """The name of the image made of this machine's userland; ones that nothing has used for days are removed."""
+    """The name of the image made of this machine's userland; ones made days ago that no container uses are removed."""
     rootfs = ensure_rootfs()
     image = f"{_REPOSITORY}:{rootfs.digest}"
     try:

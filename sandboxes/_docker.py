@@ -6,7 +6,8 @@ stdin, so one whose owner was killed goes by itself.
 Covers: host files, processes and network, memory, processes and disk of the container, output floods (no
 log is kept). The server is pid 1 itself, not below an init: it reaps, and pid 1 is out of the agent's reach.
 Does not cover: bugs in the kernel or in the engine; CPU time shared between boxes; locks on files of the image, where
-the engine's storage gives all containers the same files; a daemon behind TLS.
+the engine's storage gives all containers the same files; a daemon behind TLS; a shortage of the host's own memory that
+takes a container's first process: the engine tells both kinds of shortage alike.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class DockerBackend:
     async def circumstances(self) -> tuple[str, ...]:
         """What decides which capabilities there are: with the same, they are not proved again."""
         client = await self._connected()
-        return self.name, str(client.base_url), *self._urls(), self._image
+        info = await asyncio.to_thread(client.info)
+        engine = (str(info.get(key)) for key in ("ID", "SecurityOptions", "CgroupDriver", "CgroupVersion"))
+        return self.name, str(client.base_url), self._image, *engine
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""

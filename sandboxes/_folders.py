@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from palaestra.errors import SandboxError
 from palaestra.sandboxes._owner import is_dead, this_owner
 
 _PREFIXES = ("palaestra-unsafe-", "palaestra-probe-", "palaestra-browser-")
@@ -25,15 +26,18 @@ _REMOVE_S = 30.0
 
 
 def make_folder(kind: str) -> Path:
-    """A new temporary folder of this process, of one of the kinds above; raises `OSError`, leaving nothing."""
+    """A new temporary folder of this process, of one of the kinds above; raises `SandboxError`, leaving nothing."""
     prefix = f"palaestra-{kind}-"
     assert prefix in _PREFIXES, "what is not listed is not found again"
-    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
     try:
-        (folder / _OWNER_FILE).write_text(this_owner())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+        try:
+            (folder / _OWNER_FILE).write_text(this_owner())
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise SandboxError(f"cannot make a folder for a sandbox: {error}; free space, or set TMPDIR") from error
     return folder
 
 

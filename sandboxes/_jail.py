@@ -20,7 +20,7 @@ from palaestra.errors import SandboxError
 from palaestra.sandboxes._box import Box
 from palaestra.sandboxes._bwrap import ForkedBox, ZygoteProcess, discard, find_bwrap, readable
 from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
-from palaestra.sandboxes._host import Death, WhoseMemory, server_config
+from palaestra.sandboxes._host import HOST_MEMORY, Death, WhoseMemory, server_config
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._records import process_handle
 from palaestra.sandboxes._rootfs import ensure_rootfs
@@ -175,9 +175,7 @@ class _JailHost:
         await asyncio.wait([self._status], timeout=_DEATH_S)
         status = self._status.result() if self._status.done() and not self._status.cancelled() else None
         ran_out = self.whose_memory()
-        by_host = (
-            "its zygote ended" if self._zygote.is_dead else "the host ran out of memory" if ran_out == "host" else ""
-        )
+        by_host = "its zygote ended" if self._zygote.is_dead else HOST_MEMORY if ran_out == "host" else ""
         return Death(status, ran_out == "box", by_host)
 
     def memory(self) -> tuple[int | None, int | None]:

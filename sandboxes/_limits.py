@@ -64,7 +64,7 @@ def _check_destination(text: str) -> str:
     return text.lower()
 
 
-_MOST_S = 24 * 86_400.0  # a server waits for its end by `poll`, which counts milliseconds in 31 bits
+_MOST_S = 24 * 86_400.0  # a box that somebody forgot for longer is surely nobody's
 _OUTPUT_FACTOR = 8
 """An execution ends when it wrote this many times what is kept; until then its server holds some of it."""
 

@@ -139,7 +139,10 @@ class ManagedBackend:
             if unknown:
                 told = getattr(self._raw, "capabilities", None)
                 if told is None:
-                    self._proved |= await probe(self._raw, unknown)
+                    try:
+                        self._proved |= await probe(self._raw, unknown)
+                    except OSError as error:  # the attempts need a few sockets and processes of the host's
+                        raise SandboxError(f"what a {self.name} box contains could not be tried: {error}") from error
                 else:
                     known = await told()
                     self._proved |= {capability: capability in known for capability in Capability}

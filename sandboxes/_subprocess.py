@@ -45,10 +45,7 @@ class SubprocessBackend:
         if self._closed:
             raise SandboxError("the subprocess back end is closed")
         box_id = f"subprocess-{os.getpid()}-{os.urandom(4).hex()}"
-        try:
-            folder = await asyncio.to_thread(_make_folder)
-        except OSError as error:
-            raise SandboxError(f"cannot make a folder for a sandbox: {error}; free space, or set TMPDIR") from error
+        folder = await asyncio.to_thread(_make_folder)
         try:
             io, process = await _start(folder, spec)
         except BaseException:

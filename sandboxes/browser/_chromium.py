@@ -207,7 +207,7 @@ class Chromium:
 
     def _driver_died(self) -> None:
         slot = self._slots.driver
-        memory = slot is not None and slot.count_oom_kills()
+        memory = slot is not None and slot.whose_memory() == "box"
         self.die(
             "the browser's driver died" + (f": out of its {self._config.driver_mb} MB of memory" if memory else "")
         )
@@ -228,8 +228,10 @@ class Chromium:
         return TabError(f"the page crashed ({status}, code {code}): out of its heap, or a fault", "page", "crash")
 
     def _count_oom_kills(self) -> int:
+        """Kills that nobody was told of yet, at the limit of the browser's own memory."""
         if self._slots.family is not None:
-            self._oom_kills += self._slots.family.count_oom_kills()
+            short = self._slots.family.shortage()
+            self._oom_kills += short.oom_kills if short.at_limit else 0
         return self._oom_kills
 
 

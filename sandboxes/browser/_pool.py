@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from palaestra.errors import SandboxError
+from palaestra.errors import PalaestraError, SandboxError
 from palaestra.sandboxes._cgroups import MemoryCgroups
 from palaestra.sandboxes.browser._chores import Chores
 from palaestra.sandboxes.browser._chromium import Chromium
@@ -27,6 +28,8 @@ from palaestra.sandboxes.browser._processes import memory_mb
 from palaestra.sandboxes.browser._site import Site
 from palaestra.sandboxes.browser._tab import Tab
 from palaestra.sandboxes.browser._watch import MemoryWatch
+
+_log = logging.getLogger(__name__)
 
 _MAX_OPENING = 4
 _LOOK_S = 0.25
@@ -155,11 +158,12 @@ class BrowserPool:
         for browser in list(self._browsers):
             self._enders.spawn(self._bury(browser))
         await self._enders.join()
-        for lease in self._leased.values():  # their tabs went with the browsers; a late `release` is welcome
-            lease.end()
         cgroups, self._cgroups = self._cgroups, None
-        if cgroups is not None:
-            await cgroups.aclose()
+        async with contextlib.AsyncExitStack() as stack:
+            if cgroups is not None:
+                stack.push_async_callback(cgroups.aclose)
+            for lease in self._leased.values():  # their tabs went with the browsers; a late `release` is welcome
+                stack.callback(lease.end)
 
     async def _take(self) -> Tab:
         if self._is_closed:
@@ -295,7 +299,10 @@ class BrowserPool:
         while browser.is_alive:
             if time.monotonic() - renewed_s > self._config.lifetime_s / 2:
                 renewed_s = time.monotonic()
-                browser.renew()
+                try:
+                    browser.renew()
+                except PalaestraError as error:  # the list cannot be kept just now: tried again, and the watch goes on
+                    _log.warning("%s", error)
             tabs = [tab for tab in self._leased if tab.chromium is browser and tab.failure is None]
             culprit = await watch.look(tabs)
             if culprit is not None:
@@ -321,8 +328,8 @@ class BrowserPool:
                 used_mb = await asyncio.to_thread(memory_mb, tab.chromium.pid)
                 self._is_bloated = tab.chromium is self._current and used_mb > self._config.max_pss_mb
         finally:
-            lease.end()
             self._free.release()
+            lease.end()
 
     async def _close(self, tab: Tab) -> None:
         await tab.close()

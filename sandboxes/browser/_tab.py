@@ -208,7 +208,7 @@ class Tab:
                 reply = await self._session.send("Performance.getMetrics")
         except (PlaywrightError, TimeoutError):
             return None
-        return float(next(metric["value"] for metric in reply["metrics"] if metric["name"] == "ProcessTime"))
+        return next((float(metric["value"]) for metric in reply["metrics"] if metric["name"] == "ProcessTime"), None)
 
     async def close(self) -> None:
         """Close the page with its context, or kill the browser; never raises for a page that is already gone."""
