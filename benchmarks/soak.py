@@ -118,7 +118,6 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
-        os.environ.pop("XDG_RUNTIME_DIR", None)
         plan = Plan(
             script=Path(__file__).resolve(),
             leases=options.leases,

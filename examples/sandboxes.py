@@ -29,9 +29,10 @@ async def play(name: str) -> None:
         result = await box.exec(["sort", "-r", "data/numbers.txt"], on_output=lambda _, piece: print(piece))
         print(result.text("stdout").split(), await twin.read_file("data/numbers.txt"))
 
-        # what the back end could not contain would be refused, as this is, which needs what nobody asked for
+        # this needs everything that there is: a back end which lacks some of it here says what, and makes no box
         try:
-            await backend.create(SandboxSpec(needs=frozenset(Capability)))
+            async with await backend.create(SandboxSpec(needs=frozenset(Capability))):
+                print(f"{name} contains and offers everything here")
         except ConfigError as error:
             print(error)
 

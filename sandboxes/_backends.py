@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from palaestra.config import nearest
-from palaestra.errors import ConfigError, PalaestraError, SandboxError
+from palaestra.errors import ConfigError, PalaestraError, SandboxError, leaves
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._managed import Admission, ManagedBackend, RawBackend
 from palaestra.sandboxes._protocol import SandboxBackend
@@ -81,21 +81,19 @@ async def open_backend(
 def check_backend(name: str) -> str | None:
     """None when this machine can really run a box of this kind, else one line with the reason and the remedy.
 
-    It makes a box and runs code in it. Blocks for up to seconds; may be called with an event loop running.
+    It makes a box and runs code in it. Blocks for up to seconds; may be called with an event loop running. Raises
+    what no back end should raise as it is.
     """
-    reasons: list[str] = []
-
-    def prove() -> None:
-        try:
-            asyncio.run(_prove(name))
-        except (PalaestraError, OSError) as error:
-            reasons.append(" ".join(str(error).split()))
-
     # a thread of its own, because this one may be running a loop
-    thread = threading.Thread(target=prove, name=f"check {name}")
-    thread.start()
-    thread.join()
-    return reasons[0] if reasons else None
+    with ThreadPoolExecutor(1, thread_name_prefix=f"check {name}") as thread:
+        error = thread.submit(lambda: asyncio.run(_prove(name))).exception()
+    if error is None:
+        return None
+    found = list(leaves(error))
+    for leaf in found:
+        if not isinstance(leaf, PalaestraError | OSError):
+            raise leaf
+    return " ".join(str(found[0]).split()) or type(found[0]).__name__
 
 
 async def _prove(name: str) -> None:

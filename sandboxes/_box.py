@@ -1,21 +1,23 @@
 """A box behind a byte channel: what is asked of it, and whose fault it is when it ends.
 
 Invariants: a box that ends while the agent's code runs is the agent's doing unless the host can tell that it was
-not; one that ends before or between executions never is. Either way it is destroyed and never used again.
+not; one that ends before or between executions never is, unless its own memory ran out. Either way it is destroyed
+and never used again, and what the agent ended stays its doing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NoReturn
 
 from palaestra.errors import SandboxError
 from palaestra.sandboxes._archives import pack_files, unpack_files
 from palaestra.sandboxes._egress import BadFrameError
+from palaestra.sandboxes._host import HOST_MEMORY, BoxHost, Death, WhoseMemory, ended, not_by_agent
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._protocol import (
     MAX_TREE_BYTES,
@@ -28,63 +30,9 @@ from palaestra.sandboxes._protocol import (
 )
 from palaestra.sandboxes._wire import MAX_BODY, BoxIO, NotBegunError, Wire
 
-PROXY_PORT = 3128
 _GRACE_S = 15.0  # beyond what the server was given: the machine may be busy
 _TREE_S = 60.0
-_INODES = 16384
-_PLACES = ("/workspace", "/tmp", "/dev/shm")
-_STOPPED = {
-    "wall": Ended.WALL_TIMEOUT,
-    "cpu": Ended.CPU_TIMEOUT,
-    "disk": Ended.DISK,
-    "output": Ended.OUTPUT_LIMIT,
-}
-
-
-class Death(NamedTuple):
-    """How a box's first process ended, as far as the host knows."""
-
-    status: int | None = None
-    """Its wait status."""
-    is_oom: bool = False
-    """Whether the kernel killed for memory in it."""
-    by_host: str = ""
-    """What on the host ended it, where that is known."""
-
-
-class BoxHost(Protocol):
-    """What holds a box on the host."""
-
-    handle: str
-    """How a reaper in another process gets hold of it: see `Lease.handle`."""
-
-    def kill(self) -> None:
-        """End everything in the box now, without waiting."""
-
-    async def release(self) -> None:
-        """Wait until nothing of the box is left and remove its traces. Called once, after `kill`."""
-
-    def count_oom_kills(self) -> int:
-        """Processes of the box that ran out of memory since the last call, where the host can tell."""
-
-    async def death(self) -> Death:
-        """Why the box ended by itself; waits a little for the host to know."""
-
-    def memory(self) -> tuple[int | None, int | None]:
-        """Bytes of memory that the box uses and the most that it did, where the host can tell."""
-
-
-def server_config(spec: SandboxSpec, *, memory_per_process: bool, nproc: bool) -> dict[str, Any]:
-    """The configuration of the in-box server."""
-    return {
-        **spec.limits.model_dump(),
-        "inodes": _INODES,
-        "memory_per_process": memory_per_process,
-        "nproc": nproc,
-        "proxy_port": PROXY_PORT if spec.allow else 0,
-        "places": _PLACES,
-        "unsafe": False,
-    }
+_DESTROYED = "destroyed by the agent's code"
 
 
 class Box:
@@ -98,6 +46,8 @@ class Box:
         self._limits = spec.limits
         self._lock = asyncio.Lock()
         self._ended = ""
+        self._outcome: Ended | None = None
+        """How the agent's code ended the box, when it did."""
         self._lease_began_s = asyncio.get_running_loop().time()
         self._released: asyncio.Future[None] | None = None
         self.on_closed: Callable[[Box], object] = lambda _: None
@@ -231,14 +181,17 @@ class Box:
             header, output = await self._call({**request, "wall_s": wall_s}, body, wall_s, on_piece)
             return self._result(header, output)
         except BadFrameError:
-            self._end("the agent's code tampered with its answers")
-            death = Death()
+            self._end("the agent's code tampered with its answers", Ended.SANDBOX_KILLED)
         except EOFError:
+            self._raise_if_unusable()  # closed by another task meanwhile
             death = await self._host.death()
-            self._end("destroyed by the agent's code")
             self._raise_if_ours(death)
+            self._end(_DESTROYED, Ended.OOM if death.is_oom else Ended.SANDBOX_KILLED)
+        except _DestroyedError:
+            pass
+        assert self._outcome is not None
         return ExecResult(
-            ended=Ended.OOM if death.is_oom else Ended.SANDBOX_KILLED,
+            ended=self._outcome,
             exit_code=None,
             signal=None,
             stdout=b"",
@@ -250,14 +203,17 @@ class Box:
 
     def _raise_if_ours(self, death: Death) -> None:
         """Raise `SandboxError` when nothing inside a box could have ended it."""
-        if self._is_over():
-            raise SandboxError(f"sandbox {self.id} ended: its lifetime of {self._limits.lifetime_s:g} s was over")
-        if death.by_host:
-            raise SandboxError(f"sandbox {self.id} ended: {death.by_host}")
-        was_killed = death.status is not None and os.WIFSIGNALED(death.status)
-        if was_killed and os.WTERMSIG(death.status or 0) == signal.SIGKILL and not death.is_oom:
-            # no signal from inside its namespace kills a first process
-            raise SandboxError(f"sandbox {self.id} was killed from outside")
+        is_over = f"its lifetime of {self._limits.lifetime_s:g} s was over"
+        reason = is_over if self._is_over() else not_by_agent(death)
+        if reason:
+            self._end(reason)
+            raise SandboxError(f"sandbox {self.id} ended: {reason}")
+
+    def _raise_if_unusable(self) -> None:
+        if self._outcome is not None:
+            raise _DestroyedError
+        if self._ended:
+            raise SandboxError(f"sandbox {self.id} is unusable: {self._ended}")
 
     def _is_over(self) -> bool:
         return asyncio.get_running_loop().time() - self._lease_began_s >= self._limits.lifetime_s
@@ -268,7 +224,17 @@ class Box:
         pieces: list[bytes] = []
         limits = {"max_bytes": max_bytes + 2048 * (max_files + 5), "max_files": max_files, "only_files": only_files}
         request = {"op": "pack", "path": path, "wall_s": _TREE_S, **limits}
-        await self._transfer(request, b"", lambda is_stderr, piece: None if is_stderr else pieces.append(piece))
+        num_bytes = 0
+
+        def take(is_stderr: bool, piece: bytes) -> None:
+            nonlocal num_bytes
+            num_bytes += len(piece)
+            if num_bytes > limits["max_bytes"] + (1 << 20):  # the server itself stops there, if it is ours
+                raise BadFrameError
+            if not is_stderr:
+                pieces.append(piece)
+
+        await self._transfer(request, b"", take)
         return b"".join(pieces)
 
     async def _unpack(self, archive: bytes, path: str | None) -> None:
@@ -280,13 +246,26 @@ class Box:
     async def _transfer(
         self, request: dict[str, Any], body: bytes, on_piece: Callable[[bool, bytes], None] | None = None
     ) -> tuple[dict[str, Any], bytes]:
+        what = request["path"] or "snapshot"
         try:
             header, blob = await self._call(request, body, request.get("wall_s", 0.0), on_piece)
+        except _DestroyedError as error:
+            if request["op"] in ("stats", "renew"):
+                raise SandboxError(f"sandbox {self.id} is unusable: {self._ended}") from error
+            code = errno.ENOMEM if self._outcome is Ended.OOM else errno.EIO
+            raise OSError(code, f"the sandbox was {self._ended}", what) from error
         except (EOFError, BadFrameError) as error:
             self._end("it died")
-            raise SandboxError(f"sandbox {self.id} died during {request['op']} {request['path']!r}") from error
+            raise SandboxError(f"sandbox {self.id} died during {request['op']} {what!r}") from error
+        ran_out = self._host.whose_memory()
         if "errno" in header:
-            raise OSError(int(header["errno"]), str(header.get("error")), request["path"] or "snapshot")
+            code, reason = int(header["errno"]), str(header.get("error"))
+            if code == errno.EIO and ran_out:  # which the box itself may not see
+                if ran_out == "host":
+                    self._end(HOST_MEMORY)
+                    raise SandboxError(f"sandbox {self.id}: {HOST_MEMORY}")
+                code, reason = errno.ENOMEM, "out of memory"
+            raise OSError(code, reason, what)
         return header, blob
 
     async def _call(
@@ -297,21 +276,31 @@ class Box:
         on_piece: Callable[[bool, bytes], None] | None = None,
     ) -> tuple[dict[str, Any], bytes]:
         async with self._lock:
-            if self._ended:
-                raise SandboxError(f"sandbox {self.id} is unusable: {self._ended}")
+            self._raise_if_unusable()
             try:
-                async with asyncio.timeout(work_s + _GRACE_S):
+                async with asyncio.timeout(work_s + _GRACE_S) as scope:
                     return await self._wire.call(request, body, on_piece)
-            except TimeoutError as error:
-                self._end("it stopped answering")
-                raise SandboxError(f"sandbox {self.id} did not answer within {work_s + _GRACE_S:g} s") from error
+            except (EOFError, BadFrameError):
+                raise  # the caller knows what it means
             except NotBegunError as error:
-                reason = "its lifetime was over" if self._is_over() else "it died while it was idle"
-                self._end(reason)
-                raise SandboxError(f"sandbox {self.id} did not begin {request['op']}: {reason}") from error
-            except asyncio.CancelledError:
-                self._end("a request was cancelled")  # its answer would be taken for the next one's
+                await self._explain_idle_death(str(request["op"]), error)
+            except BaseException as error:
+                if isinstance(error, TimeoutError) and scope.expired():
+                    self._end("it stopped answering")
+                    raise SandboxError(f"sandbox {self.id} did not answer within {work_s + _GRACE_S:g} s") from error
+                self._end("a request was given up")  # its answer would be taken for the next one's
                 raise
+
+    async def _explain_idle_death(self, op: str, error: NotBegunError) -> NoReturn:
+        """Raise for a box that ended before it took a request up."""
+        self._raise_if_unusable()
+        if not self._is_over() and (await self._host.death()).is_oom:
+            # what the agent left there was too much for the little that the server needs
+            self._end(_DESTROYED, Ended.OOM)
+            raise _DestroyedError from error
+        reason = "its lifetime was over" if self._is_over() else "it died while it was idle"
+        self._end(reason)
+        raise SandboxError(f"sandbox {self.id} did not begin {op}: {reason}") from error
 
     def _result(self, header: dict[str, Any], output: bytes) -> ExecResult:
         if "errno" in header:
@@ -319,13 +308,14 @@ class Box:
             self._end(f"its server failed: {header.get('error')}")
             raise SandboxError(f"sandbox {self.id}: {header.get('error')}")
         try:
+            seen = self._host.whose_memory()  # asked each time, so that none is taken for a later one
             status, split = int(header["status"]), int(header["stdout_bytes"])
             out_total, err_total = int(header["stdout_total"]), int(header["stderr_total"])
-            oom_kills = int(header["oom_kills"]) + (self._host.count_oom_kills() if status else 0)
+            ran_out = self._whose_memory(header, seen) if status else ""
             if not 0 <= split <= len(output) or split > out_total or len(output) - split > err_total:
                 raise BadFrameError
             return ExecResult(
-                ended=_ended(str(header["stopped"]), status, oom_kills),
+                ended=ended(str(header["stopped"]), status, is_oom=ran_out == "box"),
                 exit_code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
                 signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
                 stdout=output[:split],
@@ -336,23 +326,26 @@ class Box:
                 cpu_s=float(header["cpu_s"]),
                 num_survivors=int(header["survivors"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadFrameError from error
 
-    def _end(self, reason: str) -> None:
+    def _whose_memory(self, header: dict[str, Any], seen: WhoseMemory) -> WhoseMemory:
+        """By what the host saw or the box itself; raises `SandboxError` when it was the host's."""
+        if not seen and int(header["oom_kills"]):
+            seen = "box" if int(header["at_limit"]) else "host"
+        if seen == "host":
+            self._end(HOST_MEMORY)
+            raise SandboxError(f"sandbox {self.id}: {HOST_MEMORY}")
+        return seen
+
+    def _end(self, reason: str, outcome: Ended | None = None) -> None:
         if not self._ended:
-            self._ended = reason
+            self._ended, self._outcome = reason, outcome
             self._host.kill()
 
 
-def _ended(stopped: str, status: int, oom_kills: int) -> Ended:
-    if stopped in ("wall", "cpu", "output"):
-        return _STOPPED[stopped]
-    if status and oom_kills:
-        return Ended.OOM
-    if stopped:
-        return _STOPPED[stopped]
-    return Ended.SIGNAL if os.WIFSIGNALED(status) else Ended.EXIT
+class _DestroyedError(Exception):
+    """The agent's code has ended the box, at some time before."""
 
 
 def _path(path: str) -> str:

@@ -60,6 +60,8 @@ class ZygoteProcess:
     def __init__(self, rootfs: Rootfs) -> None:
         """Start bubblewrap; raises `ConfigError` when it is not installed. `aclose` ends it, ready or not."""
         bwrap = find_bwrap()
+        self.rootfs = rootfs
+        self._hold = rootfs.hold()
         self.is_dead = False
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[ForkedBox]] = {}
@@ -86,6 +88,7 @@ class ZygoteProcess:
                 )
             except BaseException:
                 self._control.close()
+                os.close(self._hold)
                 raise
         self._control.setblocking(False)
         asyncio.get_running_loop().add_reader(self._control, self._on_message)
@@ -143,6 +146,7 @@ class ZygoteProcess:
             except TimeoutError as error:
                 raise SandboxError(f"the jail zygote did not end within {_END_S:g} s of SIGKILL") from error
         self._process.wait()  # it held the stream, so it has ended
+        os.close(self._hold)
         return said.decode(errors="replace").strip()
 
     def _on_message(self) -> None:
@@ -171,6 +175,8 @@ class ZygoteProcess:
                 discard(pidfd)
         elif "error" in message:
             future.set_exception(SandboxError(f"the kernel refused a sandbox: {message['error']}; {_REMEDY}"))
+        elif not fds:
+            future.set_exception(SandboxError("no file descriptor is free for a sandbox: raise `ulimit -n`"))
         else:
             # the number may be that of a box before it whose end was not told yet
             status = self._living[message["pid"]] = asyncio.get_running_loop().create_future()

@@ -11,10 +11,15 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
+from typing import Literal
+
+from palaestra.sandboxes._execution import Shortage, read_shortage
+from palaestra.sandboxes._owner import is_dead, this_owner
 
 _MOUNT = Path("/sys/fs/cgroup")
-_V1 = "memory.limit_in_bytes", "memory.oom_control"
-_V2 = "memory.max", "memory.events"
+_V1, _V2 = "memory.limit_in_bytes", "memory.max"
+_SWAP = {_V1: ("memory.memsw.limit_in_bytes", 1), _V2: ("memory.swap.max", 0)}
+"""The file that keeps a box from swap instead, and how many times its memory is written there."""
 _NOW = "memory.usage_in_bytes", "memory.current"
 _PEAK = "memory.max_usage_in_bytes", "memory.peak"
 _GUARD = """
@@ -31,21 +36,30 @@ done
 class Slot:
     """One cgroup, held by at most one box at a time."""
 
-    def __init__(self, folder: Path, events_file: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.memory_mb = 0
-        self._events = folder / events_file
-        self._seen = self._total()
+        self._before = self._shortage()
 
     def enter(self, pid: int) -> None:
         """Move a process, and what it forks from now on, into the cgroup."""
         (self.folder / "cgroup.procs").write_text(str(pid))
 
-    def count_oom_kills(self) -> int:
-        """Processes killed for memory since the last call."""
-        total = self._total()
-        fresh, self._seen = total - self._seen, total
-        return fresh
+    def shortage(self) -> Shortage:
+        """How often memory ran short here since the last call."""
+        before, self._before = self._before, self._shortage()
+        return self._before.since(before)
+
+    def whose_memory(self) -> Literal["", "box", "host"]:
+        """Whose memory ran out so that a process was killed here, since the last call: see `BoxHost.whose_memory`."""
+        short = self.shortage()
+        return "" if not short.oom_kills else "box" if short.at_limit else "host"
+
+    def _shortage(self) -> Shortage:
+        try:
+            return read_shortage(str(self.folder))
+        except OSError:
+            return Shortage(0, 0)
 
     def memory(self) -> tuple[int | None, int | None]:
         """Bytes in use now, and the most since the slot was taken; None for what this kernel does not tell."""
@@ -57,21 +71,13 @@ class Slot:
                 return int((self.folder / name).read_text())
         return None
 
-    def _total(self) -> int:
-        try:
-            counts = dict(line.split() for line in self._events.read_text().splitlines())
-        except OSError:
-            return 0
-        return int(counts.get("oom_kill", 0))
-
 
 class MemoryCgroups:
     """The slots of one owner. Make it with `open`."""
 
-    def __init__(self, root: Path, limit_file: str, events_file: str, guard: asyncio.subprocess.Process) -> None:
+    def __init__(self, root: Path, limit_file: str, guard: asyncio.subprocess.Process) -> None:
         self._root = root
         self._limit_file = limit_file
-        self._events_file = events_file
         self._guard = guard
         self._free: list[Slot] = []
         self._num_made = 0
@@ -79,10 +85,10 @@ class MemoryCgroups:
     @classmethod
     async def open(cls) -> MemoryCgroups | None:
         """A folder for slots, or None where this process cannot limit memory by cgroup."""
-        found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+        found = _make_root(_name())
         if found is None:
             return None
-        root, limit_file, events_file = found
+        root, limit_file = found
         try:
             guard = await asyncio.create_subprocess_exec(
                 "/bin/sh",
@@ -99,7 +105,7 @@ class MemoryCgroups:
             with contextlib.suppress(OSError):  # a guard that did start may have removed it
                 root.rmdir()
             raise
-        return cls(root, limit_file, events_file, guard)
+        return cls(root, limit_file, guard)
 
     def take(self, memory_mb: int) -> Slot:
         """An empty slot with this limit; raises `OSError` when the kernel refuses."""
@@ -109,14 +115,27 @@ class MemoryCgroups:
             folder = self._root / f"box{self._num_made}"
             self._num_made += 1
             folder.mkdir()
-            slot = Slot(folder, self._events_file)
+            slot = Slot(folder)
         if slot.memory_mb != memory_mb:
-            (slot.folder / self._limit_file).write_text(str(memory_mb << 20))
-            slot.memory_mb = memory_mb
+            try:
+                self._limit(slot, memory_mb)
+            except BaseException:
+                slot.memory_mb = 0  # not known any more
+                self._free.append(slot)
+                raise
         with contextlib.suppress(OSError):  # version 1 only: a slot of version 2 keeps the most of all its boxes
             (slot.folder / _PEAK[0]).write_text("0")
-        slot.count_oom_kills()
+        slot.shortage()
         return slot
+
+    def _limit(self, slot: Slot, memory_mb: int) -> None:
+        name, times = _SWAP[self._limit_file]
+        memory, swap = slot.folder / self._limit_file, slot.folder / name
+        is_raised = 0 < slot.memory_mb < memory_mb
+        for file, most in ((swap, times * memory_mb), (memory, memory_mb))[:: 1 if is_raised else -1]:
+            if file == memory or file.exists():  # a kernel may not account for swap
+                file.write_text(str(most << 20))
+        slot.memory_mb = memory_mb
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot whose processes are gone."""
@@ -132,8 +151,8 @@ class MemoryCgroups:
         await self._guard.wait()
 
 
-def _make_root(name: str) -> tuple[Path, str, str] | None:
-    for parent, (limit_file, events_file) in _candidates():
+def _make_root(name: str) -> tuple[Path, str] | None:
+    for parent, limit_file in _candidates():
         _sweep(parent)
         root = parent / name
         try:
@@ -141,19 +160,19 @@ def _make_root(name: str) -> tuple[Path, str, str] | None:
         except OSError:
             continue
         if _allows_children(root, limit_file):
-            return root, limit_file, events_file
+            return root, limit_file
         root.rmdir()
     return None
 
 
 def find_place() -> str | None:
     """Where this process can make memory cgroups, and of which version; None where it cannot."""
-    found = _make_root(f"palaestra-{os.getpid()}-{os.urandom(4).hex()}")
+    found = _make_root(_name())
     if found is None:
         return None
-    root, limit_file, _ = found
+    root, limit_file = found
     root.rmdir()
-    return f"version {1 if limit_file == _V1[0] else 2}, below {root.parent}"
+    return f"version {1 if limit_file == _V1 else 2}, below {root.parent}"
 
 
 def sweep() -> list[str]:
@@ -165,7 +184,7 @@ def _sweep(parent: Path) -> list[str]:
     """Remove what owners left whose guard was killed with them; a cgroup that has a process refuses to go."""
     removed = []
     for root in parent.glob("palaestra-*-*"):
-        if not Path("/proc", root.name.split("-")[1]).exists():
+        if is_dead(_owner(root.name)):
             for folder in (*root.glob("box*"), root):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -174,19 +193,29 @@ def _sweep(parent: Path) -> list[str]:
     return removed
 
 
-def _candidates() -> list[tuple[Path, tuple[str, str]]]:
+def _name() -> str:
+    _, pid, start, namespace = this_owner().split(":")
+    return f"palaestra-{pid}-{start}-{namespace}-{os.urandom(4).hex()}"
+
+
+def _owner(name: str) -> str:
+    boot_id = this_owner().partition(":")[0]  # a cgroup does not outlive it
+    return ":".join([boot_id, *name.split("-")[1:4]])
+
+
+def _candidates() -> list[tuple[Path, str]]:
     """Folders that may take a child with a memory limit, best first: below our own cgroup, then the top."""
-    found: list[tuple[Path, tuple[str, str]]] = []
+    found: list[tuple[Path, str]] = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            top, files = _MOUNT / "memory", _V1
+            top, limit_file = _MOUNT / "memory", _V1
         elif not controllers:
-            top, files = _MOUNT, _V2
+            top, limit_file = _MOUNT, _V2
         else:
             continue
-        found += [(top / path.lstrip("/"), files), (top, files)]
-    return [(folder, files) for folder, files in found if folder.is_dir()]
+        found += [(top / path.lstrip("/"), limit_file), (top, limit_file)]
+    return [(folder, limit_file) for folder, limit_file in found if folder.is_dir()]
 
 
 def _allows_children(root: Path, limit_file: str) -> bool:

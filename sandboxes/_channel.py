@@ -18,6 +18,7 @@ FRAME = struct.Struct("!II")
 _MAX_BODY = 1 << 27
 _CHUNK = 1 << 20
 _NO_WAIT = 0
+_LONGEST_WAIT_MS = 60_000  # `poll` takes no more than a number of 32 bits
 
 
 class Channel:
@@ -63,12 +64,7 @@ class Channel:
     def send(self, header: dict[str, Any], body: bytes = b"") -> None:
         """Write one frame."""
         text = json.dumps(header).encode()
-        view = memoryview(b"".join((FRAME.pack(len(text), len(body)), text, body)))
-        try:
-            while view:
-                view = view[os.write(self._write_fd, view) :]
-        except OSError:
-            os._exit(0)
+        self._write(b"".join((FRAME.pack(len(text), len(body)), text, body)))
 
     def is_waiting(self) -> bool:
         """Whether the host has sent something that was not read yet."""
@@ -79,9 +75,34 @@ class Channel:
             return
         poll = select.poll()
         poll.register(self.read_fd, select.POLLIN)
-        while not poll.poll(max(_NO_WAIT, math.ceil(1000 * (self.deadline - time.monotonic())))):
+        while not poll.poll(milliseconds_until(self.deadline)):
             if time.monotonic() >= self.deadline:
                 os._exit(0)
+
+    def send_file(self, header: dict[str, Any], fd: int, count: int) -> None:
+        """Write one frame whose body is the next `count` bytes of a file, without holding them.
+
+        Where the file does not give them the frame cannot be kept: then this process ends, by no fault of the agent's.
+        """
+        text = json.dumps(header).encode()
+        self._write(FRAME.pack(len(text), count) + text)
+        while count:
+            try:
+                chunk = os.read(fd, min(count, _CHUNK))
+            except OSError:
+                chunk = b""
+            if not chunk:
+                os._exit(0)
+            self._write(chunk)
+            count -= len(chunk)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._write_fd, view) :]
+        except OSError:
+            os._exit(0)
 
     def _exactly(self, count: int) -> bytes:
         chunks = []
@@ -95,3 +116,8 @@ class Channel:
             chunks.append(chunk)
             count -= len(chunk)
         return b"".join(chunks)
+
+
+def milliseconds_until(moment: float) -> int:
+    """How long to poll for a moment on the monotonic clock, at most; look at the clock again afterwards."""
+    return min(_LONGEST_WAIT_MS, max(_NO_WAIT, math.ceil(1000 * (moment - time.monotonic()))))

@@ -22,7 +22,7 @@ from docker.types import LogConfig, Ulimit
 from requests.exceptions import RequestException
 
 from palaestra.errors import ConfigError, SandboxError
-from palaestra.sandboxes._box import server_config
+from palaestra.sandboxes._host import server_config
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._owner import is_dead, this_owner
 from palaestra.sandboxes._rootfs import PYTHON, Rootfs, ensure_rootfs
@@ -33,6 +33,9 @@ FAILURES = (DockerException, RequestException, OSError)
 _REPOSITORY = "palaestra/base"
 _API_TIMEOUT_S = 60
 _REMOVE_S = 20.0
+_CLOSED = "rw,noexec,nosuid,nodev,size=1m,mode=0555"
+"""A place that hides another, and into which the agent's user cannot write."""
+_KEEP_S = 3 * 86400.0
 _USER = "1000:1000"
 _SERVER_FILES = 1024
 _USER_PROCESSES = 1 << 15  # of the one user of all containers; `pids_limit` is what holds each
@@ -82,7 +85,7 @@ def _try_socket(url: str) -> None:
 
 
 def ensure_image(client: docker.APIClient) -> str:
-    """The name of the image made of this machine's userland; older ones that nothing uses are removed."""
+    """The name of the image made of this machine's userland; ones made days ago that no container uses are removed."""
     rootfs = ensure_rootfs()
     image = f"{_REPOSITORY}:{rootfs.digest}"
     try:
@@ -95,6 +98,8 @@ def ensure_image(client: docker.APIClient) -> str:
 
 def _remove_old_images(client: docker.APIClient, image: str) -> None:
     for other in client.images(name=_REPOSITORY):
+        if time.time() - other["Created"] < _KEEP_S:  # another version of this library may be at work beside us
+            continue
         for tag in other.get("RepoTags") or ():
             # Podman puts a registry in front
             is_current = tag == image or tag.endswith(f"/{image}")
@@ -127,10 +132,12 @@ def describe(
     limits = spec.limits
     config = server_config(spec, memory_per_process=False, nproc=False)
     tmpfs = f"rw,exec,nosuid,nodev,size={limits.workspace_mb}m"
-    workspace = "mode=0777"
+    places = {"/workspace": f"{tmpfs},mode=0777"}
     if takes_tmpfs_options:
         tmpfs += f",nr_inodes={config['inodes']}"
-        workspace = "mode=0755,uid=1000,gid=1000"
+        places = {"/workspace": f"{tmpfs},mode=0755,uid=1000,gid=1000"}
+    else:  # where Podman would put one of its own without a size; the second leads to /tmp
+        places |= {"/run": _CLOSED, "/var/tmp": f"{tmpfs},mode=1777"}
     memory = limits.memory_mb << 20
     open_files = max(limits.open_files, _SERVER_FILES)
     return {
@@ -153,21 +160,29 @@ def describe(
             pids_limit=limits.processes + 1,  # the server counts too
             mem_limit=memory,
             memswap_limit=memory,
-            shm_size=limits.workspace_mb << 20,
             # the last two since Podman's own defaults may be more than its host lets it give
             ulimits=[
-                Ulimit(name="core", soft=0, hard=0),
+                Ulimit(name="core", soft=1, hard=1),
                 Ulimit(name="nofile", soft=open_files, hard=open_files),
                 Ulimit(name="nproc", soft=_USER_PROCESSES, hard=_USER_PROCESSES),
             ],
-            tmpfs={"/workspace": f"{tmpfs},{workspace}", "/tmp": f"{tmpfs},mode=1777"},
+            tmpfs={
+                **places,
+                "/tmp": f"{tmpfs},mode=1777",
+                "/dev/mqueue": _CLOSED,  # queues would outlive their processes
+                "/dev/shm": f"{tmpfs.replace('rw,exec', 'rw,noexec')},mode=1777",  # an engine's own counts no inodes
+            },
         ),
     }
 
 
 def launch(client: docker.APIClient, config: dict[str, Any]) -> socket.socket:
     """Create, attach and start a container; our end of its stdin and stdout."""
-    client.create_container(**config)
+    try:
+        client.create_container(**config)
+    except ImageNotFound:  # somebody has cleared the engine's images meanwhile
+        ensure_image(client)
+        client.create_container(**config)
     attached = _attach(client, config["name"])
     # the response owns the connection; without its descriptor it closes cleanly and leaves ours open
     sock = socket.socket(fileno=attached._sock.detach())
@@ -230,6 +245,10 @@ class Obituaries:
         self._out_of_memory: set[str] = set()
         self._thread = threading.Thread(target=self._listen, name="container obituaries", daemon=True)
         self._thread.start()
+
+    def forget_shortage(self, name: str) -> None:
+        """A container has answered since its memory ran out: that is not what it will end of."""
+        self._out_of_memory.discard(name)
 
     def close(self) -> None:
         """Stop listening."""

@@ -5,8 +5,9 @@ stdin, so one whose owner was killed goes by itself.
 
 Covers: host files, processes and network, memory, processes and disk of the container, output floods (no
 log is kept). The server is pid 1 itself, not below an init: it reaps, and pid 1 is out of the agent's reach.
-Does not cover: bugs in the kernel or in the engine; CPU time shared between boxes; locks on files of the image,
-which containers share; a daemon behind TLS.
+Does not cover: bugs in the kernel or in the engine; CPU time shared between boxes; locks on files of the image, where
+the engine's storage gives all containers the same files; a daemon behind TLS; a shortage of the host's own memory that
+takes a container's first process: the engine tells both kinds of shortage alike.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import docker
 
 from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes import _containers
-from palaestra.sandboxes._box import Box, Death
+from palaestra.sandboxes._box import Box
 from palaestra.sandboxes._containers import FAILURES, Obituaries
+from palaestra.sandboxes._host import Death, WhoseMemory
 from palaestra.sandboxes._limits import SandboxSpec
 
 _log = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ class DockerBackend:
             if isinstance(error, FAILURES):
                 raise SandboxError(f"{self.name} did not start a container: {_containers.one_line(error)}") from error
             raise
-        box = Box(box_id, io, _ContainerHost(self.name, client, box_id, io, death), spec)
+        host = _ContainerHost(self.name, client, box_id, io, death, lambda: self._forget_shortage(box_id))
+        box = Box(box_id, io, host, spec)
         self._boxes.add(box)
         box.on_closed = self._forget
         try:
@@ -85,6 +88,13 @@ class DockerBackend:
             await box.aclose()
             raise
         return box
+
+    async def circumstances(self) -> tuple[str, ...]:
+        """What decides which capabilities there are: with the same, they are not proved again."""
+        client = await self._connected()
+        info = await asyncio.to_thread(client.info)
+        engine = (str(info.get(key)) for key in ("ID", "SecurityOptions", "CgroupDriver", "CgroupVersion"))
+        return self.name, str(client.base_url), self._image, *engine
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
@@ -108,6 +118,10 @@ class DockerBackend:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    def _forget_shortage(self, box_id: str) -> None:
+        if self._obituaries is not None:
+            self._obituaries.forget_shortage(box_id)
 
     def _forget(self, box: Box) -> None:
         self._boxes.discard(box)
@@ -172,7 +186,7 @@ class _AttachedIO:
             while len(self._buffer) < count:
                 header = await self._reader.readexactly(8)
                 self._buffer += await self._reader.readexactly(int.from_bytes(header[4:]))
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except (asyncio.IncompleteReadError, OSError) as error:
             raise EOFError("the container ended") from error
         data = bytes(self._buffer[:count])
         del self._buffer[:count]
@@ -191,13 +205,20 @@ class _ContainerHost:
     """The host's hold on one container."""
 
     def __init__(
-        self, engine: str, client: docker.APIClient, name: str, io: _AttachedIO, death: asyncio.Future[Death]
+        self,
+        engine: str,
+        client: docker.APIClient,
+        name: str,
+        io: _AttachedIO,
+        death: asyncio.Future[Death],
+        forget_shortage: Callable[[], object],
     ) -> None:
         self.handle = f"container {engine}"
         self._client = client
         self._name = name
         self._io = io
         self._death = death
+        self._forget = forget_shortage
 
     def kill(self) -> None:
         self._io.close()  # the server ends when its stdin does, and the daemon removes the container
@@ -205,8 +226,9 @@ class _ContainerHost:
     async def release(self) -> None:
         await asyncio.to_thread(_containers.remove, self._client, self._name)
 
-    def count_oom_kills(self) -> int:
-        return 0  # the server reads the container's own counter
+    def whose_memory(self) -> WhoseMemory:
+        self._forget()
+        return ""  # the server reads the container's own counters
 
     async def death(self) -> Death:
         await asyncio.wait([self._death], timeout=_DEATH_S)

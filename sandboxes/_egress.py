@@ -39,7 +39,7 @@ class Egress:
         self._allow = frozenset(allow)
         self._send = send
         self._links: dict[int, _Link] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def take(self, header: dict[str, Any], body: bytes) -> None:
         """A frame of a connection; raises `BadFrameError` when it cannot be one."""
@@ -48,12 +48,14 @@ class Egress:
             raise BadFrameError
         link = self._links.get(number)
         if do == "open":
-            if len(self._links) >= _MAX_CONNECTIONS:
+            if link is not None or len(self._links) >= _MAX_CONNECTIONS:
                 raise BadFrameError
             link = self._links[number] = _Link(number, self._send)
-            task = asyncio.create_task(self._serve(link), name=f"egress {number}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if len(self._tasks) >= 2 * _MAX_CONNECTIONS:  # many were closed, and still are on their way out
+                self._close(link)
+                return
+            task = self._tasks[number] = asyncio.create_task(self._serve(link), name=f"egress {number}")
+            task.add_done_callback(lambda _: self._tasks.pop(number))
         elif link is None:
             return  # closed here, before the box knew
         elif do == "data":
@@ -63,10 +65,12 @@ class Egress:
         else:
             self._links.pop(number)
             link.end()
+            if not link.is_open:  # nobody waits for what it looks up or connects to
+                self._tasks[number].cancel()
 
     async def aclose(self) -> None:
         """Close every connection and wait until it is."""
-        tasks = list(self._tasks)
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         if tasks:
@@ -83,9 +87,13 @@ class Egress:
         except _RefusedError as refused:
             await self._refuse(link, refused.status, str(refused))
             return
+        except UnicodeError:
+            await self._refuse(link, "400 Bad Request", "a name that no name server could know")
+            return
         except (TimeoutError, OSError, EOFError) as error:
             await self._refuse(link, "502 Bad Gateway", str(error) or type(error).__name__)
             return
+        link.is_open = True
         try:
             if first:
                 writer.write(first)
@@ -143,6 +151,8 @@ class _Link:
         self._has_ended = False
         self._num_unacknowledged = 0
         self._changed = asyncio.Event()
+        self.is_open = False
+        """Whether it is connected to its destination."""
 
     def feed(self, body: bytes) -> None:
         if len(self._data) + len(body) > WINDOW + _CHUNK:

@@ -45,6 +45,7 @@ from palaestra.sandboxes._warm_python import ENVIRONMENT, preload, settle
 SECCOMP_PATH = "/palaestra/seccomp.bpf"
 WORKSPACE = "/workspace"
 _PR_SET_CHILD_SUBREAPER = 36
+_WHOLE = 1 << 20  # bytes that are read at once
 
 
 class Server:
@@ -73,7 +74,7 @@ class Server:
 
     def serve(self) -> NoReturn:
         """Announce readiness, then answer until the host goes away."""
-        handlers: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], bytes]]] = {
+        handlers: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], bytes] | None]] = {
             "exec": self._exec,
             "python": self._python,
             "read": self._read,
@@ -93,14 +94,15 @@ class Server:
             if "op" not in header:
                 continue  # for a connection of an execution that has ended meanwhile
             try:
-                answer, blob = handlers[header["op"]](header)
+                answer = handlers[header["op"]](header)
             except UnicodeError:
-                answer, blob = {"errno": errno.EINVAL, "error": "the path is no text"}, b""
+                answer = {"errno": errno.EINVAL, "error": "the path is no text"}, b""
             except RecursionError:
-                answer, blob = {"errno": errno.ENAMETOOLONG, "error": "the path is too deep"}, b""
+                answer = {"errno": errno.ENAMETOOLONG, "error": "the path is too deep"}, b""
             except OSError as error:
-                answer, blob = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}, b""
-            self._channel.send({"id": header["id"], **answer}, blob)
+                answer = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}, b""
+            if answer is not None:
+                self._channel.send({"id": header["id"], **answer[0]}, answer[1])
 
     def _renew(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         self._channel.deadline = time.monotonic() + self._config["lifetime_s"]
@@ -173,14 +175,21 @@ class Server:
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
-    def _read(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    def _read(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
+        """Answers by itself when the file may be larger than what is left of the box's memory."""
         fd = self._open_regular(header["path"], os.O_RDONLY)
-        with open(fd, "rb") as file:
+        try:
             size = max(0, os.fstat(fd).st_size - header["offset"])
             if size > header["max_bytes"]:
                 raise OSError(errno.EFBIG, f"{size} bytes are there, more than {header['max_bytes']}")
-            file.seek(header["offset"])
-            return {}, file.read(header["max_bytes"])
+            os.lseek(fd, header["offset"], os.SEEK_SET)
+            if size <= _WHOLE:  # what the kernel makes up, as in /sys, is not as long as it says
+                with open(fd, "rb", closefd=False) as file:
+                    return {}, file.read(min(_WHOLE, header["max_bytes"]))
+            self._channel.send_file({"id": header["id"]}, fd, size)
+            return None
+        finally:
+            os.close(fd)
 
     def _write(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         parent = os.path.dirname(self._locate(header["path"]))
@@ -202,8 +211,9 @@ class Server:
             if header["path"] is None
             else [os.path.join(self._workspace, self._locate(header["path"]))]
         )
+        stream = self._streamer(header["id"])
         execution = Execution(
-            self._config, self._channel.read_fd, self._streamer(header["id"]), cap=1 << 12, most=header["max_bytes"]
+            self._tree_limits(header), self._channel.read_fd, stream, cap=1 << 12, most=header["max_bytes"]
         )
         return self._transfer(execution, lambda: _trees.pack(places, header), header)
 
@@ -214,8 +224,12 @@ class Server:
             if header["path"] is None
             else [os.path.join(self._workspace, self._locate(header["path"]))]
         )
-        execution = Execution(self._config, self._channel.read_fd)
+        execution = Execution(self._tree_limits(header), self._channel.read_fd)
         return self._transfer(execution, lambda: _trees.unpack(places, header), header)
+
+    def _tree_limits(self, header: dict[str, Any]) -> dict[str, Any]:
+        """It is our work, so that what the agent may compute does not bound it."""
+        return {**self._config, "cpu_s": header["wall_s"]}
 
     def _transfer(
         self, execution: Execution, work: Callable[[], None], header: dict[str, Any]
@@ -226,7 +240,7 @@ class Server:
         answer = execution.watch(child, header["wall_s"])
         if answer["stopped"] == "output":
             raise OSError(errno.EFBIG, f"more than {header['max_bytes']} bytes")
-        if answer["stopped"] == "wall":
+        if answer["stopped"] in ("wall", "cpu"):
             raise OSError(errno.ETIMEDOUT, f"not done within {header['wall_s']:g} s")
         if answer["status"]:
             _trees.raise_reported(execution.err.kept(), answer["oom_kills"])

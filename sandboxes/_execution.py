@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import resource
 import select
@@ -18,10 +17,15 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from palaestra.sandboxes._channel import milliseconds_until
+
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _KILL_AT = 8  # output beyond this multiple of the cap ends the execution
 _LEAST_WAIT_S = 0.02
-_OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+_PENDING_SIGNALS = 256
+_EVER = 1 << 30
+_MARGIN = 1 << 20  # the kernel charges memory in batches
+_MEMORY_FOLDERS = ("/sys/fs/cgroup", "/sys/fs/cgroup/memory")
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _CHILDREN = f"/proc/self/task/{os.getpid()}/children"
 
@@ -110,19 +114,21 @@ class Execution:
     def watch(self, child: Child, wall_s: float) -> dict[str, Any]:
         """See a child to its end, or end it; how it ended, as the answer's header."""
         began = time.monotonic()
-        used_s, oom_kills = _cpu_of_children(), count_oom_kills()
+        used_s, before = _cpu_of_children(), shortage()
         streams = {child.out_fd: self.out, child.err_fd: self.err}
         stopped = self._watch(child.pid, streams, began + wall_s, used_s + self._limits["cpu_s"])
         status, num_survivors = _end_everything(child.pid)
         for fd in streams:
             self._drain(fd, streams[fd])
             os.close(fd)
+        short = shortage().since(before)
         return {
             "stopped": stopped or ("disk" if status and self._is_disk_full(status) else ""),
             "status": status,
             "cpu_s": _cpu_of_children() - used_s,
             "survivors": num_survivors,
-            "oom_kills": count_oom_kills() - oom_kills,
+            "oom_kills": short.oom_kills,
+            "at_limit": short.at_limit,
             "wall_s": time.monotonic() - began,
             "stdout_total": self.out.total,
             "stderr_total": self.err.total,
@@ -151,7 +157,7 @@ class Execution:
                     if left_s <= 0:
                         return "cpu"
                     next_count = now + max(_LEAST_WAIT_S, left_s / num_cpus)
-                for fd, event in self.poll.poll(max(0, math.ceil(1000 * (min(deadline, next_count) - now)))):
+                for fd, event in self.poll.poll(milliseconds_until(min(deadline, next_count))):
                     if fd == pidfd:
                         return ""
                     if fd == deaths:
@@ -246,7 +252,9 @@ def forget_child_deaths() -> None:
 def limit_process(limits: dict[str, Any]) -> None:
     """Put this process and what it starts under the limits that the kernel keeps for each process."""
     file_bytes = limits["file_mb"] << 20
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # not 0, with which a program that the host's core_pattern names would be started all the same
+    _lower(resource.RLIMIT_CORE, 1)
+    _lower(resource.RLIMIT_SIGPENDING, _PENDING_SIGNALS)  # all boxes of a user share what the kernel has of them
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     _lower(resource.RLIMIT_NOFILE, limits["open_files"])
     if limits["nproc"]:
@@ -339,13 +347,45 @@ def _descendants() -> list[str]:
     return found
 
 
-def count_oom_kills() -> int:
-    """OOM kills of this container's memory cgroup; 0 where the box cannot see it."""
-    for path in _OOM_FILES:
-        try:
-            with open(path) as file:
-                counts = dict(line.split() for line in file)
-            return int(counts.get("oom_kill", 0))
-        except OSError:
-            continue
-    return 0
+class Shortage(NamedTuple):
+    """How often memory ran short so far."""
+
+    oom_kills: int
+    """Processes of the box that the kernel killed for memory, its own or the host's."""
+    at_limit: int
+    """How often the box's own limit was met; with cgroups of version 1, a number that only says whether it ever was."""
+
+    def since(self, before: Shortage) -> Shortage:
+        """What is new, where that can be told."""
+        at_limit = self.at_limit if self.at_limit == _EVER else self.at_limit - before.at_limit
+        return Shortage(self.oom_kills - before.oom_kills, at_limit)
+
+
+def shortage() -> Shortage:
+    """Of this container's memory cgroup; zeros where the box cannot see it."""
+    for folder in _MEMORY_FOLDERS:
+        with contextlib.suppress(OSError):
+            return read_shortage(folder)
+    return Shortage(0, 0)
+
+
+def read_shortage(folder: str) -> Shortage:
+    """Of a memory cgroup of version 2 or 1; raises `OSError` where there is none."""
+    try:
+        counts = _counts_in(f"{folder}/memory.events")
+        return Shortage(counts.get("oom_kill", 0), counts.get("max", 0))
+    except FileNotFoundError:
+        counts = _counts_in(f"{folder}/memory.oom_control")
+    # not `failcnt`, which not every kernel keeps (6.18 does not)
+    most, limit = (_number_in(f"{folder}/memory.{name}_in_bytes") for name in ("max_usage", "limit"))
+    return Shortage(counts.get("oom_kill", 0), _EVER if most >= limit - _MARGIN else 0)
+
+
+def _counts_in(path: str) -> dict[str, int]:
+    with open(path) as file:
+        return {name: int(count) for name, count in map(str.split, file)}
+
+
+def _number_in(path: str) -> int:
+    with open(path) as file:
+        return int(file.read())

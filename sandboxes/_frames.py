@@ -15,8 +15,10 @@ from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._protocol import Ended, ExecResult
 from palaestra.sandboxes._wire import MAX_BODY
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change that the other side must know of."""
+HOLD_S = 3600.0
+"""A client's hold on its boxes is one call that lasts so long, and is then made again."""
 MAX_HEADER = 8 << 20
 MAX_BLOB = 2 * MAX_BODY
 """An archive is larger than the files that it may hold."""
@@ -27,6 +29,14 @@ _SIZES = struct.Struct("!II")
 _FILE_OPS = frozenset({"read", "write", "put", "get", "snapshot", "restore"})
 
 Header = dict[str, Any]
+
+
+def check_token(token: str) -> None:
+    """Raise `ConfigError`, which does not tell it, for a token that no header can carry or that is soon guessed."""
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or token != token.strip():
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} must be at least 16 printable ASCII characters, without spaces or a line end around them"
+        )
 
 
 class FrameError(ValueError):

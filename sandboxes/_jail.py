@@ -2,24 +2,25 @@
 
 Covers: host files (the root is an immutable tree of our own), host processes, network, other boxes, memory
 (cgroup, else per process), processes, disk, and the kernel calls of `_seccomp`.
-Does not cover: bugs in the kernel; CPU time shared between boxes (only `cpu_s` per process); file locks on the
-shared read-only tree as a covert channel; the path of that tree, which `/proc/self/mountinfo` shows.
+Does not cover: bugs in the kernel; CPU time shared between boxes; file locks on the shared read-only tree as a
+covert channel; the path of that tree, which `/proc/self/mountinfo` shows; without memory cgroups, memory that no
+process's address space shows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import signal
 import socket
 from pathlib import Path
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes._box import Box, Death, server_config
+from palaestra.sandboxes._box import Box
 from palaestra.sandboxes._bwrap import ForkedBox, ZygoteProcess, discard, find_bwrap, readable
 from palaestra.sandboxes._cgroups import MemoryCgroups, Slot
+from palaestra.sandboxes._host import HOST_MEMORY, Death, WhoseMemory, server_config
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._records import process_handle
 from palaestra.sandboxes._rootfs import ensure_rootfs
@@ -41,14 +42,13 @@ class JailBackend:
         self._knows_cgroups = False
         self._lock = asyncio.Lock()
         self._boxes: set[Box] = set()
-        self._numbers = itertools.count()
         self._closed = False
 
     async def create(self, spec: SandboxSpec) -> Box:
         """See `SandboxBackend.create`; raises `ConfigError` when this machine cannot make jails."""
         zygote = await self._running_zygote()
         config = server_config(spec, memory_per_process=self._cgroups is None, nproc=True)
-        box_id = f"jail-{os.getpid()}-{next(self._numbers)}"
+        box_id = f"jail-{os.getpid()}-{os.urandom(4).hex()}"  # another back end of this process makes boxes too
         ours, theirs = socket.socketpair()
         with theirs:
             io = StreamIO(*await asyncio.open_connection(sock=ours))  # closes the socket when it is cancelled
@@ -80,19 +80,26 @@ class JailBackend:
             raise
         return box
 
+    async def circumstances(self) -> tuple[str, ...]:
+        """What decides which capabilities there are: with the same, they are not proved again."""
+        zygote = await self._running_zygote()
+        return self.name, zygote.rootfs.digest, "cgroups" if self._cgroups is not None else ""
+
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
         self._closed = True
-        async with asyncio.TaskGroup() as group:
-            for box in list(self._boxes):
-                group.create_task(box.aclose())
-        async with self._lock:
-            try:
-                await self._end_zygote()
-            finally:
-                if self._cgroups is not None:
-                    await self._cgroups.aclose()
-                    self._cgroups = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for box in list(self._boxes):
+                    group.create_task(box.aclose())
+        finally:
+            async with self._lock:
+                try:
+                    await self._end_zygote()
+                finally:
+                    if self._cgroups is not None:
+                        await self._cgroups.aclose()
+                        self._cgroups = None
 
     async def __aenter__(self) -> JailBackend:
         return self
@@ -161,13 +168,15 @@ class _JailHost:
         if self._slot is not None and self._cgroups is not None:
             self._cgroups.give_back(self._slot)
 
-    def count_oom_kills(self) -> int:
-        return self._slot.count_oom_kills() if self._slot is not None else 0
+    def whose_memory(self) -> WhoseMemory:
+        return self._slot.whose_memory() if self._slot is not None else ""
 
     async def death(self) -> Death:
         await asyncio.wait([self._status], timeout=_DEATH_S)
         status = self._status.result() if self._status.done() and not self._status.cancelled() else None
-        return Death(status, self.count_oom_kills() > 0, "its zygote ended" if self._zygote.is_dead else "")
+        ran_out = self.whose_memory()
+        by_host = "its zygote ended" if self._zygote.is_dead else HOST_MEMORY if ran_out == "host" else ""
+        return Death(status, ran_out == "box", by_host)
 
     def memory(self) -> tuple[int | None, int | None]:
         return self._slot.memory() if self._slot is not None else (None, None)

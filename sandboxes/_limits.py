@@ -64,27 +64,34 @@ def _check_destination(text: str) -> str:
     return text.lower()
 
 
+_MOST_S = 24 * 86_400.0  # a box that somebody forgot for longer is surely nobody's
+_OUTPUT_FACTOR = 8
+"""An execution ends when it wrote this many times what is kept; until then its server holds some of it."""
+
+
 class Limits(Config):
     """What one execution and one sandbox may use."""
 
     wall_s: float = Field(default=10.0, gt=0)
-    """Wall clock of one execution with all its processes, in seconds."""
-    cpu_s: float = Field(default=10.0, gt=0)
+    """Wall clock of one execution with all its processes, in seconds; below `lifetime_s`."""
+    cpu_s: float = Field(default=10.0, gt=0, le=_MOST_S)
     """CPU time of one execution with all its processes, in seconds."""
-    memory_mb: int = Field(default=512, gt=0)
-    """Memory of the sandbox in MiB where the back end can limit it as a whole, else of each process."""
-    processes: int = Field(default=64, gt=0)
-    """Processes and threads alive at once in the sandbox."""
+    memory_mb: int = Field(default=512, ge=32, le=1 << 22)
+    """Memory of the sandbox in MiB where the back end can limit it as a whole, else of each process; 32 to 2^22."""
+    processes: int = Field(default=64, gt=0, le=1 << 15)
+    """Processes and threads alive at once in the sandbox; at most 32,768."""
     workspace_mb: int = Field(default=64, gt=0)
-    """Size of each writable place (/workspace, /tmp, /dev/shm) in MiB; it counts as memory too."""
+    """Size of each of the three writable places (/workspace, /tmp, /dev/shm) in MiB, below `memory_mb`. What they hold
+    counts as memory: all three are full at once only where three times as much is below `memory_mb`."""
     file_mb: int = Field(default=64, gt=0)
-    """Largest file a process may write, in MiB."""
-    open_files: int = Field(default=512, ge=16)
-    """File descriptors of one process."""
-    output_kb: int = Field(default=64, gt=0)
-    """Standard output, and standard error, kept of one execution, in KiB: the head and the tail."""
-    lifetime_s: float = Field(default=3600.0, gt=0)
-    """A sandbox ends this many seconds after its lease began or was renewed, whoever forgot it."""
+    """Largest file a process may write, in MiB; at most `workspace_mb` where it is set."""
+    open_files: int = Field(default=512, ge=16, le=1 << 16)
+    """File descriptors of one process; 16 to 65,536."""
+    output_kb: int = Field(default=64, gt=0, le=1 << 15)
+    """Standard output, and standard error, kept of one execution, in KiB: the head and the tail. At most 32,768, so
+    that both travel together, and an eighth of `memory_mb`."""
+    lifetime_s: float = Field(default=3600.0, gt=0, le=_MOST_S)
+    """A sandbox ends this many seconds after its lease began or was renewed, whoever forgot it; at most 24 days."""
 
     @model_validator(mode="after")
     def _agree(self) -> Limits:
@@ -92,8 +99,13 @@ class Limits(Config):
             raise ValueError(f"file_mb = {self.file_mb} is more than workspace_mb = {self.workspace_mb} can hold")
         if self.workspace_mb >= self.memory_mb:
             raise ValueError(
-                f"workspace_mb = {self.workspace_mb} must be below memory_mb = {self.memory_mb}: "
-                "files of a sandbox are kept in its memory"
+                f"workspace_mb = {self.workspace_mb} must be below memory_mb = {self.memory_mb}: the files of each of "
+                "the three writable places are kept in the sandbox's memory, beside its processes"
+            )
+        if _OUTPUT_FACTOR * self.output_kb > self.memory_mb << 10:
+            raise ValueError(
+                f"output_kb = {self.output_kb} is more than memory_mb = {self.memory_mb} can hold: "
+                f"at most {(self.memory_mb << 10) // _OUTPUT_FACTOR}, an eighth"
             )
         if self.wall_s >= self.lifetime_s:
             raise ValueError(f"wall_s = {self.wall_s:g} must be below lifetime_s = {self.lifetime_s:g}")

@@ -19,7 +19,7 @@ from typing import Protocol, Self
 from pydantic import Field
 
 from palaestra.config import Config
-from palaestra.errors import ConfigError, SandboxError
+from palaestra.errors import ConfigError, SandboxError, ungrouped
 from palaestra.sandboxes._limits import Capability, SandboxSpec
 from palaestra.sandboxes._probe import probe
 from palaestra.sandboxes._protocol import (
@@ -35,6 +35,11 @@ from palaestra.sandboxes._protocol import (
 from palaestra.sandboxes._records import Record
 
 _CORES = len(os.sched_getaffinity(0))
+_FORK_S = 60.0
+
+
+_PROVED: dict[tuple[str, ...], dict[Capability, bool]] = {}
+"""What was proved by this process, by the circumstances that decide it."""
 
 
 class Admission(Config):
@@ -73,7 +78,7 @@ class ManagedBackend:
         self._alive = _Gate("boxes in use", admission.max_boxes, admission.queue_s)
         self._creating = _Gate("boxes being made", admission.max_creating, admission.queue_s)
         self._running = _Gate("executions under way", admission.max_running, admission.queue_s)
-        self._proved: dict[Capability, bool] = {}
+        self._proved: dict[Capability, bool] | None = None
         self._proving = asyncio.Lock()
         self._boxes: set[LeasedBox] = set()
 
@@ -112,12 +117,13 @@ class ManagedBackend:
 
     async def aclose(self) -> None:
         """See `SandboxBackend.aclose`."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for box in list(self._boxes):
-                    group.create_task(box.aclose())
-        finally:
-            await self._raw.aclose()
+        with ungrouped():
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for box in list(self._boxes):
+                        group.create_task(box.aclose())
+            finally:
+                await self._raw.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -127,15 +133,25 @@ class ManagedBackend:
 
     async def _prove(self, wanted: frozenset[Capability]) -> frozenset[Capability]:
         async with self._proving:
+            if self._proved is None:
+                self._proved = await self._known()
             unknown = wanted - self._proved.keys()
             if unknown:
                 told = getattr(self._raw, "capabilities", None)
                 if told is None:
-                    self._proved |= await probe(self._raw, unknown)
+                    try:
+                        self._proved |= await probe(self._raw, unknown)
+                    except OSError as error:  # the attempts need a few sockets and processes of the host's
+                        raise SandboxError(f"what a {self.name} box contains could not be tried: {error}") from error
                 else:
                     known = await told()
-                    self._proved = {capability: capability in known for capability in Capability}
+                    self._proved |= {capability: capability in known for capability in Capability}
             return frozenset(capability for capability, is_there in self._proved.items() if is_there)
+
+    async def _known(self) -> dict[Capability, bool]:
+        """What this process has proved of a back end in the same circumstances; to be added to."""
+        circumstances = getattr(self._raw, "circumstances", None)
+        return {} if circumstances is None else _PROVED.setdefault(await circumstances(), {})
 
     async def _refuse_missing(self, spec: SandboxSpec) -> None:
         missing = sorted(spec.required - await self._prove(spec.required))
@@ -275,9 +291,22 @@ class _Gate:
 
 
 async def fork(backend: SandboxBackend, box: Sandbox, spec: SandboxSpec) -> Sandbox:
-    """A second box with the same files, from which both go their own ways."""
+    """A second box with the same files, from which both go their own ways.
+
+    Raises `SandboxError` when none is made within a minute: where every place is held by a box that is to be forked,
+    none ever comes free.
+    """
     snapshot = await box.snapshot()
-    twin = await backend.create(spec)
+    try:
+        async with asyncio.timeout(_FORK_S) as scope:
+            twin = await backend.create(spec)
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise SandboxError(
+            f"no second box for a fork within {_FORK_S:g} s: the box it starts from, {box.id}, holds a place itself; "
+            "close others, or raise Admission.max_boxes"
+        ) from error
     try:
         await twin.restore(snapshot)
     except BaseException:

@@ -1,7 +1,8 @@
 """Who made a sandbox, so that what a dead process left is told from what a living one uses.
 
 Invariants: an owner is a boot, a process id, that process's start time and the namespace in which the id counts; a
-pid that came again is another owner; an owner that cannot be seen from here is never taken for a dead one.
+pid that came again is another owner; an owner that cannot be seen from here is never taken for a dead one, and a
+process that ended is dead though nobody has waited for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _DEAD = "dead"
 
 
 def owner_of(pid: int) -> str:
-    """The owner text of a process; one that is dead has a start time that no process has."""
+    """The owner text of a process; one that is dead has a start time that no process has. Raises `OSError`."""
     return f"{_boot_id()}:{pid}:{_start_time(pid)}:{_namespace()}"
 
 
@@ -27,13 +28,16 @@ def is_dead(owner: str) -> bool:
     """Whether the process that made something is surely gone.
 
     False for another boot, as of a remote host, for another PID namespace, as of a container that shares its daemon,
-    and for a text that is no owner.
+    for a text that is no owner, and where /proc cannot be read, as without a free descriptor.
     """
     parts = owner.split(":")
-    if len(parts) != 4 or not parts[1].isdecimal() or (parts[0], parts[3]) != (_boot_id(), _namespace()):
+    try:
+        if len(parts) != 4 or not parts[1].isdecimal() or (parts[0], parts[3]) != (_boot_id(), _namespace()):
+            return False
+        pid = int(parts[1])
+        return owner_of(pid) != owner and not _is_hidden(pid)
+    except OSError:
         return False
-    pid = int(parts[1])
-    return owner_of(pid) != owner and not _is_hidden(pid)
 
 
 def is_of_another_boot(owner: str) -> bool:
@@ -43,9 +47,12 @@ def is_of_another_boot(owner: str) -> bool:
 
 def _start_time(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return _DEAD
+    state, num_threads, began = fields[0], int(fields[17]), fields[19].decode()
+    # the first thread of a process may end before the others
+    return _DEAD if state in (b"Z", b"X") and num_threads <= 1 else began
 
 
 def _is_hidden(pid: int) -> bool:

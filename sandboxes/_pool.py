@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Protocol
 
 from palaestra.errors import ConfigError, PalaestraError, SandboxError, leaves
@@ -29,11 +29,12 @@ class Maker(Protocol):
 class SandboxPool:
     """Keeps up to `size` boxes of one spec ready, refilled in the background. Does not own the back end.
 
-    Belongs to one event loop. `max_creating` boxes are made at a time; a lease waits for at most `wait_s`.
+    Belongs to one event loop. `max_creating` boxes are made at a time; a lease waits for at most `wait_s`: longer than
+    a back end's own queue by default, since its error says more.
     """
 
     def __init__(
-        self, backend: Maker, spec: SandboxSpec, size: int, *, max_creating: int = 2, wait_s: float = 60.0
+        self, backend: Maker, spec: SandboxSpec, size: int, *, max_creating: int = 2, wait_s: float = 660.0
     ) -> None:
         if size < 1 or max_creating < 1:
             raise ValueError(f"size and max_creating must be at least 1, not {size} and {max_creating}")
@@ -70,11 +71,14 @@ class SandboxPool:
     async def aclose(self) -> None:
         """Stop refilling and close every ready box; leases in use close their own. Idempotent."""
         self._closed = True
+        async with self._changed:
+            self._changed.notify_all()
         if self._refill is not None:
             self._refill.cancel()
             await asyncio.wait([self._refill])
-        while self._ready:
-            await self._ready.popleft().aclose()
+        async with AsyncExitStack() as stack:  # one that cannot be closed does not keep the others open
+            while self._ready:
+                stack.push_async_callback(self._ready.popleft().aclose)
 
     async def __aenter__(self) -> SandboxPool:
         return self
@@ -84,7 +88,8 @@ class SandboxPool:
 
     async def _take_alive(self) -> Sandbox:
         """A box whose lifetime begins now; one that ended while it waited is replaced."""
-        for _ in range(_TRIES):
+        num_tries = _TRIES + len(self._ready)  # in an idle pool all of them may have outlived their lifetime
+        for _ in range(num_tries):
             box = await self._take()
             try:
                 await box.renew()
@@ -97,16 +102,16 @@ class SandboxPool:
                 raise
             else:
                 return box
-        raise SandboxError(f"{_TRIES} sandboxes in a row ended before they were used: {last}") from last
+        raise SandboxError(f"{num_tries} sandboxes in a row ended before they were used: {last}") from last
 
     async def _take(self) -> Sandbox:
-        if self._closed:
-            raise SandboxError("the sandbox pool is closed")
-        if self._refill is None:
+        if self._refill is None and not self._closed:
             self._refill = asyncio.create_task(self._keep_full(), name="sandbox pool refill")
         try:
             async with asyncio.timeout(self._wait_s), self._changed:
-                await self._changed.wait_for(lambda: self._ready or self._error)
+                await self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+                if self._closed:
+                    raise SandboxError("the sandbox pool is closed")
                 self._changed.notify_all()
                 if self._ready:
                     return self._ready.popleft()
@@ -123,7 +128,7 @@ class SandboxPool:
         return f"{self._num_making} in the making, refill {'alive' if alive else 'dead'}"
 
     async def _keep_full(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 async with asyncio.TaskGroup() as makers:
                     for _ in range(self._num_makers):
@@ -134,7 +139,7 @@ class SandboxPool:
                     self._changed.notify_all()
 
     async def _make_boxes(self) -> None:
-        while True:
+        while not self._closed:  # a creation that is cancelled may end in an error of its own
             async with self._changed:
                 await self._changed.wait_for(self._has_room)
                 self._num_making += 1

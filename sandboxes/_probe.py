@@ -12,18 +12,20 @@ import json
 import os
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from palaestra.errors import PalaestraError, SandboxError
+from palaestra.sandboxes._folders import owned_folder
 from palaestra.sandboxes._limits import Capability, Limits, SandboxSpec
-from palaestra.sandboxes._protocol import ExecResult, Sandbox
+from palaestra.sandboxes._protocol import Ended, ExecResult, Sandbox
 
 _PROCESSES = 12
-_HOLD_S = 0.7
+_FLOOD_FILES = 20_000
+_HOLD_S = 15.0
+_LOCK_TRIES = 5
 _SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=_PROCESSES, wall_s=20.0))
 
 _REACH = """
@@ -53,8 +55,8 @@ def sees_process():
     return False
 def field(name):
     return open("/proc/self/status").read().partition(name + ":")[2].split()[0]
-def connect(address, family=socket.AF_INET):
-    with socket.socket(family) as sock:
+def connect(address, family=socket.AF_INET, kind=socket.SOCK_STREAM):
+    with socket.socket(family, kind) as sock:
         sock.settimeout(2)
         sock.connect(address)
 attempt("host_files", lambda: open(host["secret"]).close())
@@ -64,6 +66,9 @@ attempt("host_processes", sees_process)
 for address in host["addresses"]:
     attempt("network", lambda: connect((address, host["port"])))
 attempt("network", lambda: connect("\\0" + host["abstract"], socket.AF_UNIX))
+# addresses for documentation: nothing is sent, the kernel only tells whether it would know a way
+attempt("network", lambda: connect(("192.0.2.1", 9), kind=socket.SOCK_DGRAM))
+attempt("network", lambda: connect(("2001:db8::1", 9), socket.AF_INET6, socket.SOCK_DGRAM))
 attempt("kernel", lambda: int(field("CapBnd"), 16) > 0)
 attempt("kernel", lambda: field("NoNewPrivs") != "1")
 attempt("kernel", lambda: field("Seccomp") != "2")
@@ -103,7 +108,8 @@ for _ in range(2):
 for reader in children.values():
     os.read(reader, 1)
 # one may have been killed to make room for the other
-print(sum(os.waitpid(pid, os.WNOHANG)[0] == 0 for pid in children))
+ends = [os.waitpid(pid, os.WNOHANG) for pid in children]
+print(sum(pid == 0 for pid, _ in ends), sum(pid != 0 and os.WIFSIGNALED(how) for pid, how in ends))
 """
 _FILL = """
 import os
@@ -125,26 +131,36 @@ for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
 print(max(sizes))
 """
 _FLOOD = """
-count = 0
-try:
-    for count in range(20000):
-        open(f"f{count}", "w").close()
-except OSError:
-    pass
-print(count)
-"""
+import os
+counts = []
+for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
+    names = [f"{place}/palaestra-flood-{os.getpid()}-{number}" for number in range(MOST)]
+    made = 0
+    try:
+        for name in names:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT))
+            made += 1
+    except OSError:
+        pass
+    for name in names[:made]:
+        os.unlink(name)
+    counts.append(made)
+print(max(counts))
+""".replace("MOST", str(_FLOOD_FILES))
 _LOCK = """
-import fcntl, json, os, sys
-fd = os.open(json.__file__, os.O_RDONLY)
+import fcntl, os, sys
+folder = os.path.dirname(os.__file__)
+names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
+fd = os.open(os.path.join(folder, names[int(sys.argv[1]) % len(names)]), os.O_RDONLY)
 try:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
     print("taken")
 else:
     print("free", flush=True)
-    if sys.argv[1:] == ["hold"]:
+    if sys.argv[2:] == ["hold"]:
         import time
-        time.sleep(10)
+        time.sleep(60)
 """
 _FETCH = """
 import sys, urllib.error, urllib.request
@@ -196,35 +212,62 @@ async def _probe_reach(backend: Maker) -> set[Capability]:
 
 async def _probe_amounts(backend: Maker) -> set[Capability]:
     """Each in a box of its own, since one that ran out of something may end."""
-    attempts = (
-        (Capability.PROCESSES, _FORKS, lambda said: int(said) <= _PROCESSES),
-        (Capability.MEMORY, _HOLD, lambda said: said != "2"),
-        (Capability.DISK, _FILL, lambda said: 0 < int(said) <= 8 << 20),
-        (Capability.INODES, _FLOOD, lambda said: 1000 < int(said) < 19_999),
+    attempts: tuple[tuple[Capability, str, Callable[[list[int]], bool]], ...] = (
+        (Capability.PROCESSES, _FORKS, lambda said: 0 < said[0] <= _PROCESSES),
+        (Capability.MEMORY, _HOLD, lambda said: said[0] < 2 and said[1] > 0),
+        (Capability.DISK, _FILL, lambda said: 0 < said[0] <= 8 << 20),
+        (Capability.INODES, _FLOOD, lambda said: 1000 < said[0] < _FLOOD_FILES),
     )
     found = set()
     for capability, code, is_contained in attempts:
         async with _box(backend) as box:
             result = await box.run_python(code)
-            if is_contained(result.stdout.decode().strip() or "0"):
+            said = [int(word) for word in result.stdout.split()]
+            ran_out = capability is Capability.MEMORY and result.ended is Ended.OOM
+            if ran_out or (said and is_contained(said)):
                 found.add(capability)
     return found
 
 
 async def _probe_sharing(backend: Maker) -> set[Capability]:
-    async with _box(backend) as box, _box(backend) as twin:
-        found = await _probe_snapshot(box, twin)
-        begun = asyncio.Event()
+    async with _box(backend) as twin:
+        async with _box(backend) as box:
+            found = await _probe_snapshot(box, twin)
+        for _ in range(_LOCK_TRIES):
+            async with _box(backend) as box:
+                is_seen = await _sees_lock(box, twin)
+            if is_seen is not None:
+                return found if is_seen else found | {Capability.FILE_LOCKS}
+    raise SandboxError("a probe of the sandbox did not run: its lock was not held")
 
-        async def hold() -> None:
-            await box.exec(["python3", "-c", _LOCK, "hold"], on_output=lambda *_: begun.set(), wall_s=_HOLD_S)
-            begun.set()
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(hold())
-            await begun.wait()
-            result = _ran(await twin.exec(["python3", "-c", _LOCK]))
-        return found if result.stdout == b"taken\n" else found | {Capability.FILE_LOCKS}
+async def _sees_lock(box: Sandbox, twin: Sandbox) -> bool | None:
+    """Whether a lock that is held in one box all the while is seen in the other; None when it was not held.
+
+    The first box is of no use afterwards.
+    """
+    number = str(int.from_bytes(os.urandom(4)))  # of a file: where boxes share them, somebody else may probe too
+    said: list[bytes] = []
+    speaks = asyncio.Event()
+
+    def hear(_: object, piece: bytes) -> None:
+        said.append(piece)
+        speaks.set()
+
+    holding = asyncio.ensure_future(box.exec(["python3", "-c", _LOCK, number, "hold"], on_output=hear, wall_s=_HOLD_S))
+    waiting = asyncio.ensure_future(speaks.wait())
+    try:
+        await asyncio.wait([holding, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if b"".join(said) != b"free\n":
+            return None
+        result = _ran(await twin.exec(["python3", "-c", _LOCK, number]))
+        if holding.done() or result.stdout not in (b"free\n", b"taken\n"):
+            return None
+        return result.stdout == b"taken\n"
+    finally:
+        for task in (holding, waiting):
+            task.cancel()
+        await asyncio.wait([holding, waiting])
 
 
 async def _probe_snapshot(box: Sandbox, twin: Sandbox) -> set[Capability]:
@@ -268,13 +311,13 @@ async def _reaches_only_allowed(backend: Maker) -> bool:
 def _host_targets() -> Iterator[dict[str, object]]:
     """Things of the host that a box must not reach; they are really there while the block runs."""
     with (
-        tempfile.TemporaryDirectory(prefix="palaestra-probe-") as folder,
+        owned_folder("probe") as folder,
         socket.create_server(("0.0.0.0", 0)) as server,
         socket.socket(socket.AF_UNIX) as abstract,
     ):
-        secret = Path(folder, "secret")
+        secret = folder / "secret"
         secret.write_text("secret")
-        for path, mode in ((Path(folder), 0o755), (secret, 0o644)):
+        for path, mode in ((folder, 0o755), (secret, 0o644)):
             path.chmod(mode)
         name = f"palaestra-probe-{os.getpid()}-{os.urandom(3).hex()}"
         abstract.bind("\0" + name)
@@ -282,14 +325,25 @@ def _host_targets() -> Iterator[dict[str, object]]:
         yield {
             "secret": str(secret),
             "port": server.getsockname()[1],
-            "addresses": ["127.0.0.1"],
+            "addresses": sorted({"127.0.0.1", _own_address()}),
             "abstract": name,
         }
 
 
+def _own_address() -> str:
+    """This host's address towards others; nothing is sent to find it out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(sock.getsockname()[0])
+
+
 @contextmanager
-def _sleeper(seconds: str) -> Iterator[None]:
-    with subprocess.Popen(["sleep", seconds]) as process:
+def _sleeper(name: str) -> Iterator[None]:
+    """A process with this word in its command line, which ends when ours does, however violently."""
+    with subprocess.Popen(["sh", "-c", "read _", name], stdin=subprocess.PIPE) as process:
         try:
             yield
         finally:

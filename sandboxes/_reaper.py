@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from palaestra.errors import PalaestraError
-from palaestra.sandboxes import _cgroups, _subprocess
+from palaestra.sandboxes import _cgroups
+from palaestra.sandboxes._folders import orphans, remove_folder
 from palaestra.sandboxes._owner import owner_of
 from palaestra.sandboxes._records import Lease, forget, list_leases
 
 _GRACE_S = 30.0
 """A sandbox ends by itself when its lifetime is over; one that is still there so much later does not."""
+
+_NO_OWNER = "its owner is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,29 +41,34 @@ def reap(now_s: float | None = None) -> list[Reaped]:
     now_s = time.time() if now_s is None else now_s
     cleared = []
     for lease in list_leases():
-        why = "its owner is gone" if lease.is_orphan else "its lifetime is over"
+        why = _NO_OWNER if lease.is_orphan else "its lifetime is over"
         if lease.is_orphan or lease.left_s(now_s) < -_GRACE_S:
             cleared.append(_attempt(f"{lease.backend} {lease.id}", why, lambda lease=lease: _end(lease)))  # type: ignore[misc]
+    for folder in orphans():
+        cleared.append(_attempt(f"folder {folder}", _NO_OWNER, lambda folder=folder: remove_folder(folder)))  # type: ignore[misc]
     sweeps: tuple[tuple[str, Callable[[], list[str]]], ...] = (
         ("cgroup", _cgroups.sweep),
-        ("folder", _subprocess.sweep),
         ("docker container", lambda: _sweep_containers("docker")),
         ("podman container", lambda: _sweep_containers("podman")),
     )
     for kind, sweep in sweeps:
         try:
-            cleared += [Reaped(f"{kind} {name}", "its owner is gone") for name in sweep()]
+            cleared += [Reaped(f"{kind} {name}", _NO_OWNER) for name in sweep()]
         except (PalaestraError, OSError) as error:
-            cleared.append(Reaped(f"{kind}s", "its owner is gone", str(error)))
+            cleared.append(Reaped(f"{kind}s", _NO_OWNER, _reason(error)))
     return cleared
 
 
 def _attempt(what: str, why: str, action: Callable[[], None]) -> Reaped:
     try:
         action()
-    except (PalaestraError, OSError) as error:
-        return Reaped(what, why, str(error))
+    except (PalaestraError, OSError, ValueError, LookupError) as error:  # the last two of a handle that is none
+        return Reaped(what, why, _reason(error))
     return Reaped(what, why)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _end(lease: Lease) -> None:
@@ -76,7 +84,9 @@ def _end(lease: Lease) -> None:
 
             _containers.remove(client, lease.id)
     elif kind == "folder":
-        _subprocess.remove_folder(Path(value))
+        remove_folder(Path(value))
+    elif kind == "tab" and not lease.is_orphan:  # its browser, which others use too, is another entry's
+        raise OSError("its owner lives, and has not ended it")
     forget(lease.id)
 
 

@@ -1,27 +1,36 @@
 """The host's list of leased sandboxes and browsers: who owns which, since when, for how long.
 
-One small file each, in a folder of this user's alone. Invariant: a record is there before its owner has the
-sandbox and goes after the sandbox; so what a record names and no living owner holds is what a killed run left.
+One small file each, in a folder of this user's alone: the same one for every session and after every log-out.
+Invariant: a record is there, and whole, before its owner has the sandbox and goes after the sandbox; so what a record
+names and no living owner holds is what a killed run left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
-from palaestra.errors import ConfigError
+from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._owner import is_dead, is_of_another_boot, owner_of, this_owner
+
+_REMEDY = "set TMPDIR to a folder where you may write"
+_UNWRITABLE = (errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+_PARTIAL_S = 60.0
+"""No record takes so long to write: its owner died over it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`."""
+    """One sandbox of one owner. `handle` says what holds it: `process OWNER`, `container ENGINE`, `folder PATH`,
+    `tab BROWSER`."""
 
     id: str
     backend: str
@@ -55,40 +64,55 @@ class Record:
 
     @classmethod
     def write(cls, *, lease_id: str, backend: str, label: str, handle: str, lifetime_s: float) -> Record:
-        """Note a lease of this process that begins now; raises `ConfigError` when there is no place for it."""
-        path = lease_folder() / f"{lease_id}.json"
-        values = {"backend": backend, "owner": this_owner(), "label": label, "handle": handle, "lifetime_s": lifetime_s}
-        path.write_text(json.dumps(values))
+        """Note a lease of this process that begins now.
+
+        Raises `ConfigError` when there is no place for it, `SandboxError` when there is no room.
+        """
+        path = _path(lease_id)
+        values = {"backend": backend, "label": label, "handle": handle, "lifetime_s": lifetime_s}
+        partial = path.with_suffix(".partial")
+        try:
+            with _told(path.parent):
+                partial.write_text(json.dumps({**values, "owner": this_owner()}))
+                partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         return cls(path)
 
     def renew(self) -> None:
         """Begin the lease anew."""
-        with contextlib.suppress(FileNotFoundError):  # reaped
+        with _told(self._path.parent), contextlib.suppress(FileNotFoundError):  # reaped
             os.utime(self._path)
 
     def remove(self) -> None:
         """Forget the lease; idempotent."""
-        self._path.unlink(missing_ok=True)
+        with _told(self._path.parent):
+            self._path.unlink(missing_ok=True)
 
 
 def lease_folder() -> Path:
     """This user's folder of records; raises `ConfigError` when another user has taken its name."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    folder = Path(base) / f"palaestra-leases-{os.geteuid()}"
-    try:
+    # not XDG_RUNTIME_DIR, which is another one in a session without a login and goes away at log-out
+    folder = Path(os.environ.get("TMPDIR") or "/tmp").absolute() / f"palaestra-leases-{os.geteuid()}"
+    with _told(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         is_ours = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
-    except OSError as error:
-        raise ConfigError(f"cannot keep the list of sandboxes in {folder}: {error}; set XDG_RUNTIME_DIR") from error
     if not is_ours:
-        raise ConfigError(f"{folder} belongs to another user; set XDG_RUNTIME_DIR to a folder of yours")
+        raise ConfigError(f"{folder} belongs to another user; {_REMEDY}")
     return folder
 
 
 def list_leases() -> list[Lease]:
     """All leases of this user on this machine, oldest first."""
     found = []
-    for path in lease_folder().glob("*.json"):
+    folder = lease_folder()
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # whole meanwhile
+            if time.time() - partial.stat().st_mtime > _PARTIAL_S:
+                partial.unlink()
+    for path in folder.glob("*.json"):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             lease = _read(path)
             if lease is not None:
@@ -98,7 +122,7 @@ def list_leases() -> list[Lease]:
 
 def forget(lease_id: str) -> None:
     """Remove a record whose sandbox is gone."""
-    (lease_folder() / f"{lease_id}.json").unlink(missing_ok=True)
+    _path(lease_id).unlink(missing_ok=True)
 
 
 def process_handle(pid: int) -> str:
@@ -106,20 +130,40 @@ def process_handle(pid: int) -> str:
     return f"process {owner_of(pid)}"
 
 
+def _path(lease_id: str) -> Path:
+    return lease_folder() / f"{quote(lease_id, safe='')}.json"
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tell what the file system refuses with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot keep the list of sandboxes in {folder}: {error.strerror or error}"
+        if error.errno in _UNWRITABLE:
+            raise ConfigError(f"{reason}; {_REMEDY}") from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise SandboxError(f"{reason}; raise `ulimit -n`") from error
+        raise SandboxError(f"{reason}; free space there, or set TMPDIR to another folder") from error
+
+
 def _read(path: Path) -> Lease | None:
     began_s = path.stat().st_mtime
     try:
         values: Mapping[str, object] = json.loads(path.read_text())
+        owner = str(values["owner"])
+        int(owner.split(":")[1])
         return Lease(
-            id=path.stem,
+            id=unquote(path.stem),
             backend=str(values["backend"]),
-            owner=str(values["owner"]),
+            owner=owner,
             label=str(values["label"]),
             handle=str(values["handle"]),
             lifetime_s=float(str(values["lifetime_s"])),
             began_s=began_s,
         )
-    except (ValueError, KeyError):
-        if time.time() - began_s > 60:  # its owner died while it wrote
+    except (ValueError, LookupError, TypeError):  # not written by us
+        if time.time() - began_s > _PARTIAL_S:
             path.unlink(missing_ok=True)
         return None

@@ -93,7 +93,12 @@ class Relay:
         try:
             if event & select.POLLOUT:
                 self._flush(connection)
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and not connection.is_closed:
+            has_gone = event & (select.POLLHUP | select.POLLERR)
+            if connection.is_closed:
+                return
+            if has_gone and connection.num_unacknowledged >= WINDOW:  # told unasked, and there is no room for the rest
+                self._close(connection)
+            elif has_gone or event & select.POLLIN:
                 chunk = os.read(connection.fd, _CHUNK)
                 if not chunk:
                     self._close(connection)

@@ -1,10 +1,10 @@
 """The remote back end: boxes on another machine, held by a server there (`palaestra.sandboxes.server`).
 
-Covers: everything that the server's own back end contains; a client that dies (its boxes end with the lease), a
-server that dies (`SandboxError`, never a result), other clients of the same server. Does not cover: eavesdroppers,
-unless the address is https or a tunnel.
-Invariants: a box is named to the server in every heartbeat from its creation to its end and not after, so none
-outlives this process for longer than the lease; an execution that got no answer is never sent again.
+Covers: everything that the server's own back end contains; a client that dies (its boxes end within two seconds, as
+its connections do), a network that goes away (they end with the lease), a server that dies (`SandboxError`, never a
+result), other clients of the same server. Does not cover: eavesdroppers, unless the address is https or a tunnel.
+Invariants: as long as this process lives, and no longer, it holds one call to the server open, and names its boxes in
+every heartbeat; an execution that got no answer is never sent again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import secrets
 from typing import Self
 
 from palaestra.errors import ConfigError, PalaestraError, SandboxError
-from palaestra.sandboxes._frames import PROTOCOL, TOKEN_VARIABLE, Header, raise_error
+from palaestra.sandboxes._frames import HOLD_S, PROTOCOL, TOKEN_VARIABLE, Header, raise_error
 from palaestra.sandboxes._limits import Capability, SandboxSpec
 from palaestra.sandboxes._remote_box import RemoteSandbox
 from palaestra.sandboxes._remote_http import Connection
 
 _BEATS_A_LEASE = 5
+_AGAIN_S = 0.5
 _PROBE_S = 600.0
 _CREATE_S = 120.0
 _CLOSE_S = 30.0
@@ -39,7 +40,7 @@ class RemoteBackend:
         self._pulse = Connection(url, token, client_id)  # apart, so that no flood of calls delays a heartbeat
         self._boxes: set[RemoteSandbox] = set()
         self._lock = asyncio.Lock()
-        self._beat: asyncio.Task[None] | None = None
+        self._life: asyncio.Task[None] | None = None
         self._queue_s = 0.0
         self._closed = False
 
@@ -75,9 +76,9 @@ class RemoteBackend:
         for box in open_boxes:
             box.forget()
         try:
-            if self._beat is not None:
-                self._beat.cancel()
-                await asyncio.wait([self._beat])
+            if self._life is not None:
+                self._life.cancel()
+                await asyncio.wait([self._life])
                 await self._say_goodbye(bool(open_boxes))
         finally:
             await self._calls.aclose()
@@ -93,7 +94,7 @@ class RemoteBackend:
         async with self._lock:
             if self._closed:
                 raise SandboxError("the remote back end is closed")
-            if self._beat is not None:
+            if self._life is not None:
                 return
             header = await self._ask("hello", {}, 0.0)
             if header.get("protocol") != PROTOCOL:
@@ -103,7 +104,20 @@ class RemoteBackend:
                 )
             self._queue_s = float(header["queue_s"])
             every_s = float(header["lease_s"]) / _BEATS_A_LEASE
-            self._beat = asyncio.create_task(self._keep_alive(every_s), name="sandbox heartbeat")
+            self._life = asyncio.create_task(self._live(every_s), name="sandbox signs of life")
+
+    async def _live(self, every_s: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_alive(every_s))
+            group.create_task(self._hold_on())
+
+    async def _hold_on(self) -> None:
+        while True:
+            began_s = asyncio.get_running_loop().time()
+            with contextlib.suppress(PalaestraError):  # whoever uses a box is told
+                await self._pulse.call("hold", work_s=HOLD_S)
+            if asyncio.get_running_loop().time() - began_s < _AGAIN_S:  # at once after one that held for a while
+                await asyncio.sleep(_AGAIN_S)
 
     async def _keep_alive(self, every_s: float) -> None:
         while True:

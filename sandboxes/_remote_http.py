@@ -14,7 +14,15 @@ from typing import NoReturn
 import httpx
 
 from palaestra.errors import ConfigError, SandboxError
-from palaestra.sandboxes._frames import CLIENT_HEADER, TOKEN_VARIABLE, FrameError, FrameReader, Header, pack
+from palaestra.sandboxes._frames import (
+    CLIENT_HEADER,
+    TOKEN_VARIABLE,
+    FrameError,
+    FrameReader,
+    Header,
+    check_token,
+    pack,
+)
 from palaestra.sandboxes._protocol import Stream
 
 GRACE_S = 40.0
@@ -39,6 +47,7 @@ class Connection:
         self.url = _checked(url)
         headers = {CLIENT_HEADER: client_id, "Accept-Encoding": "identity"}
         if token:
+            check_token(token)
             headers["Authorization"] = f"Bearer {token}"
         # a transport of our own, so that no HTTP_PROXY stands between; certificates of the environment still count
         transport = httpx.AsyncHTTPTransport(

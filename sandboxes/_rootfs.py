@@ -1,31 +1,39 @@
 """The userland of every box: this machine's Python, a shell and the core utilities, copied to a tree of their own.
 
-Needs no network. Invariants: a tree is keyed by what it is made of, appears under its name only when complete,
-and is never changed afterwards; every mount point exists in it, because making one later could follow a link
-that an agent planted. All of it is readable by every user and writable by none but its owner.
+Needs no network. Invariants: a tree is keyed by what it is made of, appears under its name only when complete, is
+never changed afterwards, and not removed while a jail holds it; every mount point exists in it, because making one
+later could follow a link that an agent planted. All of it is readable by every user and writable by none but its
+owner.
 """
 
 from __future__ import annotations
 
 import compileall
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from palaestra.errors import ConfigError
+from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._seccomp import filter_program
 
 PYTHON = "/usr/bin/python3"
-_FORMAT = "5"
+_FORMAT = "6"
+_PARTIAL_S = 3600.0
+_UNUSED_S = 86_400.0  # what another checkout of this machine uses in turn is not built again each time
+_TREE = re.compile(r"[0-9a-f]{16}")
 _HERE = Path(__file__).resolve().parent
 _SERVER_FILES = tuple(
     f"_{name}.py"
@@ -58,41 +66,120 @@ class Rootfs(NamedTuple):
     path: Path
     digest: str
 
+    def hold(self) -> int:
+        """A descriptor that keeps the tree from being removed as an old one until it is closed.
+
+        Raises `SandboxError` when that has just happened.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                    return fd
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise SandboxError(f"the sandbox userland has gone ({error}); try again") from error
+
 
 def ensure_rootfs() -> Rootfs:
     """The tree for this interpreter and machine, built on first use (about two seconds, 70 MB).
 
-    Raises `ConfigError` when the machine lacks what a tree is made of.
+    Raises `ConfigError` when the machine lacks what a tree is made of. The builder removes what killed builders left,
+    and trees that no jail holds and nobody asked for lately.
     """
     programs = _find_programs()
     digest = _digest(programs)
     cache = cache_folder() / "rootfs"
     target = cache / digest
-    if target.is_dir():
-        return Rootfs(target, digest)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / f"{digest}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_dir():
-                _build(cache, target, programs)
-    except OSError as error:
-        raise ConfigError(f"cannot build the sandbox userland in {cache}: {error}; set XDG_CACHE_HOME") from error
+        if not target.is_dir():
+            _make_open_folder(cache)
+            with (cache / "build.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.is_dir():
+                    _remove_old(cache, digest)
+                    _build(cache, target, programs)
+        with contextlib.suppress(OSError):  # another user's, or read-only: then nobody removes it
+            os.utime(target)  # when it was asked for last
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"cannot build the sandbox userland in {cache}: {_first_reason(error)}; "
+            "free 100 MB there, or set XDG_CACHE_HOME to another folder"
+        ) from error
     return Rootfs(target, digest)
 
 
+def _first_reason(error: Exception) -> str:
+    """One reason, where the copy of a tree tells one for each of its thousands of files."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return " ".join(str(error).split())
+
+
+def _make_open_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, for root readable by the jail's user whatever the umask is."""
+    if folder.is_dir():
+        missing = [folder, folder.parent]  # ours, perhaps made under such a umask
+    else:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        if os.geteuid() == 0:
+            path.chmod(0o755)
+
+
+def _remove_old(cache: Path, digest: str) -> None:
+    """Remove partial trees, and whole ones that nobody holds; called under the builders' lock."""
+    for partial in cache.glob(".*-*"):
+        is_ours = partial.name.startswith(f".{digest}-")
+        if is_ours or _age_s(partial) > _PARTIAL_S:  # a builder of an older version has another lock
+            shutil.rmtree(partial, ignore_errors=True)
+    for tree in cache.iterdir():
+        if _TREE.fullmatch(tree.name) and tree.name != digest and _age_s(tree) > _UNUSED_S:
+            _remove_unheld(tree)
+
+
+def _remove_unheld(tree: Path) -> None:
+    with contextlib.suppress(OSError):  # held, or another user's
+        fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = tree.rename(tree.with_name(f".{tree.name}-old"))
+        finally:
+            os.close(fd)
+        shutil.rmtree(gone, ignore_errors=True)
+        tree.with_name(f"{tree.name}.lock").unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def cache_folder() -> Path:
-    """Where Palaestra caches; for root a place that an unprivileged user can read."""
+    """Where Palaestra caches; for root a place that an unprivileged user can read. Raises `ConfigError`."""
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
+    try:
+        folder = Path(base).absolute() if base else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(f"no place for a cache ({error}); set HOME or XDG_CACHE_HOME") from error
     if os.geteuid() == 0 and not _is_open_to_all(folder):
         folder = Path("/var/cache")
     return folder / "palaestra"
 
 
 def _is_open_to_all(folder: Path) -> bool:
-    existing = [path for path in (folder, *folder.parents) if path.exists()]
-    return all(path.stat().st_mode & 0o001 for path in existing)
+    try:
+        existing = [path for path in (folder, *folder.parents) if path.exists()]
+        return all(path.stat().st_mode & 0o001 for path in existing)
+    except OSError:
+        return False
 
 
 def _find_programs() -> dict[str, Path]:
@@ -131,10 +218,20 @@ def _build(cache: Path, target: Path, programs: dict[str, Path]) -> None:
             shutil.copy2(path, building / "usr/bin" / name)
         _copy_libraries(building)
         _copy_server(building)
-        os.chmod(building, 0o755)
+        _set_modes(building)
         building.rename(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _set_modes(root: Path) -> None:
+    """Whatever the umask and the modes of the sources are: all may read, none but the owner may write, nothing more."""
+    for folder, names, files in os.walk(root):
+        for name in (".", *names, *files):
+            path = os.path.join(folder, name)
+            mode = os.lstat(path).st_mode
+            if not stat.S_ISLNK(mode):
+                os.chmod(path, 0o755 if stat.S_ISDIR(mode) or mode & 0o100 else 0o644)
 
 
 def _lay_out(root: Path) -> None:

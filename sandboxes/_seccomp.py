@@ -2,7 +2,8 @@
 
 Invariant: the filter only ever removes; what it does not name is decided by the namespaces and the lack of
 capabilities. Covers new namespaces, mounts, keyrings, bpf, perf, userfaultfd, io_uring, ptrace, other
-architectures' calls, sockets beyond unix and IP, and touching another process's limits or scheduling.
+architectures' calls, sockets beyond unix and IP, touching another process's limits or scheduling, shared memory and
+queues that no file names and that would outlive their processes, and watching the files that boxes share.
 Does not cover: bugs in the system calls that stay open.
 """
 
@@ -25,6 +26,7 @@ _DENIED = {
     "clock_adjtime": (305, 266), "clock_settime": (227, 112), "delete_module": (176, 106),
     "fanotify_init": (300, 262), "finit_module": (313, 273), "fsconfig": (431, 431), "fsmount": (432, 432),
     "fsopen": (430, 430), "fspick": (433, 433), "init_module": (175, 105), "io_uring_enter": (426, 426),
+    "mq_open": (240, 180), "msgget": (68, 186), "semget": (64, 190), "shmat": (30, 196), "shmget": (29, 194),
     "io_uring_register": (427, 427), "io_uring_setup": (425, 425), "ioperm": (173, -1), "iopl": (172, -1),
     "ioprio_set": (251, 30), "kcmp": (312, 272), "kexec_file_load": (320, 294), "kexec_load": (246, 104),
     "keyctl": (250, 219), "lookup_dcookie": (212, 18), "migrate_pages": (256, 238), "modify_ldt": (154, -1),
@@ -36,7 +38,10 @@ _DENIED = {
     "settimeofday": (164, 170), "swapoff": (168, 225), "swapon": (167, 224), "syslog": (103, 116),
     "umount2": (166, 39), "unshare": (272, 97), "userfaultfd": (323, 282), "vhangup": (153, 58),
 }  # fmt: skip
+# programs that lack these do without
+_ABSENT = {"inotify_init": (253, -1), "inotify_init1": (294, 26)}
 _CLONE, _CLONE3, _SOCKET, _IOCTL, _PERSONALITY = (56, 220), (435, 435), (41, 198), (16, 29), (135, 92)
+_SOCKETPAIR = (53, 199)
 # calls that take a pid first: only 0, the caller itself, is allowed
 _SELF_ONLY = {
     "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
@@ -63,17 +68,20 @@ def filter_program(machine: str | None = None) -> bytes:
     column = list(_AUDIT).index(machine)
     steps = [_Step(_LOAD, _ARCHITECTURE), _Step(_JUMP_EQUAL, _AUDIT[machine], 1), _Step(_RETURN, _KILL)]
     steps += [_Step(_LOAD, _NUMBER), _Step(_JUMP_ABOVE, _X32_BIT, 0, 1), _fail(errno.ENOSYS)]
-    for numbers in _DENIED.values():
-        if numbers[column] >= 0:
-            steps += _when(numbers[column], [_fail(errno.EPERM)])
+    for table, code in ((_DENIED, errno.EPERM), (_ABSENT, errno.ENOSYS)):
+        for numbers in table.values():
+            if numbers[column] >= 0:
+                steps += _when(numbers[column], [_fail(code)])
     # the C library falls back to clone, whose flags a filter can read
     steps += _when(_CLONE3[column], [_fail(errno.ENOSYS)])
     makes_namespace = [_argument(0), _Step(_JUMP_ANY, _NEW_NAMESPACES, 0, 1), _fail(errno.EPERM), _allow()]
     steps += _when(_CLONE[column], makes_namespace)
-    steps += _when(_SOCKET[column], _only(0, _FAMILIES, errno.EAFNOSUPPORT))
+    for numbers in (_SOCKET, _SOCKETPAIR):
+        steps += _when(numbers[column], _only(0, _FAMILIES, errno.EAFNOSUPPORT))
     steps += _when(_PERSONALITY[column], _only(0, (0, 0xFFFFFFFF), errno.EPERM))
     steps += _when(_IOCTL[column], _never(1, _TERMINAL_INJECTION, errno.EPERM))
-    steps += _when(_SETPRIORITY[column], _only(1, (0,), errno.EPERM))
+    of_a_process = [_argument(0), _Step(_JUMP_EQUAL, 0, 1), _fail(errno.EPERM)]
+    steps += _when(_SETPRIORITY[column], [*of_a_process, *_only(1, (0,), errno.EPERM)])
     for numbers in _SELF_ONLY.values():
         steps += _when(numbers[column], _only(0, (0,), errno.EPERM))
     steps.append(_allow())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -17,19 +16,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from palaestra.errors import SandboxError
-from palaestra.sandboxes._box import Box, Death, server_config
+from palaestra.sandboxes._box import Box
 from palaestra.sandboxes._bwrap import readable
+from palaestra.sandboxes._folders import make_folder, remove_folder
+from palaestra.sandboxes._host import Death, WhoseMemory, server_config
 from palaestra.sandboxes._limits import SandboxSpec
-from palaestra.sandboxes._owner import is_dead, this_owner
 from palaestra.sandboxes._rootfs import ensure_rootfs
 from palaestra.sandboxes._wire import StreamIO
 
-PREFIX = "palaestra-unsafe-"
-_OWNER_FILE = ".owner"
 _READY_S = 30.0
 _CLOSE_S = 10.0
 
@@ -41,14 +38,13 @@ class SubprocessBackend:
 
     def __init__(self) -> None:
         self._boxes: set[Box] = set()
-        self._numbers = itertools.count()
         self._closed = False
 
     async def create(self, spec: SandboxSpec) -> Box:
         """See `SandboxBackend.create`."""
         if self._closed:
             raise SandboxError("the subprocess back end is closed")
-        box_id = f"subprocess-{os.getpid()}-{next(self._numbers)}"
+        box_id = f"subprocess-{os.getpid()}-{os.urandom(4).hex()}"
         folder = await asyncio.to_thread(_make_folder)
         try:
             io, process = await _start(folder, spec)
@@ -105,8 +101,8 @@ class _ProcessHost:
             self._process.wait()
             await asyncio.to_thread(remove_folder, self._folder)
 
-    def count_oom_kills(self) -> int:
-        return 0
+    def whose_memory(self) -> WhoseMemory:
+        return ""
 
     async def death(self) -> Death:
         return Death()  # its code could have killed it
@@ -115,27 +111,13 @@ class _ProcessHost:
         return None, None
 
 
-def sweep() -> list[str]:
-    """Remove the folders of dead owners and return their names."""
-    removed = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError):  # another user's, or one that is just being made
-            if is_dead((folder / _OWNER_FILE).read_text()):
-                remove_folder(folder)
-                removed.append(str(folder))
-    return removed
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder whatever is in it: the programs can do what no recursion of ours can, any depth and mode."""
-    subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, stderr=subprocess.DEVNULL)
-    subprocess.run(["rm", "-rf", "--", str(folder)], check=True, timeout=_CLOSE_S)
-
-
 def _make_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-    (folder / _OWNER_FILE).write_text(this_owner())
-    (folder / "workspace").mkdir()
+    folder = make_folder("unsafe")
+    try:
+        (folder / "workspace").mkdir()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 

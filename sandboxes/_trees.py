@@ -18,6 +18,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
+_MAX_HEADER = 1 << 16
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended header, which is read whole before anything is known of it, has a bound."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _MAX_HEADER:
+            raise OSError(errno.EFBIG, f"a header has more than {_MAX_HEADER} bytes", self.name)
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
 
 
 def report(work: Callable[[], None]) -> NoReturn:
@@ -98,7 +111,7 @@ def unpack(places: list[str], header: dict[str, Any]) -> None:
         os.makedirs(places[0], exist_ok=True)
     modes: list[tuple[str, int]] = []
     num_bytes = num_files = 0
-    with os.fdopen(0, "rb", closefd=False) as data, tarfile.open(fileobj=data, mode="r|*") as archive:
+    with os.fdopen(0, "rb", closefd=False) as data, tarfile.open(fileobj=data, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
             num_files += 1
             num_bytes += member.size

@@ -90,9 +90,10 @@ class Wire:
         header_size, body_size = _FRAME.unpack(await self._io.read_exactly(_FRAME.size))
         if header_size > _MAX_HEADER or body_size > MAX_BODY:
             raise BadFrameError
+        text = await self._io.read_exactly(header_size)
         try:
-            header = json.loads(await self._io.read_exactly(header_size))
-        except ValueError as error:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise BadFrameError from error
         if not isinstance(header, dict):
             raise BadFrameError
@@ -110,7 +111,7 @@ class StreamIO:
         """See `BoxIO.read_exactly`."""
         try:
             return await self.reader.readexactly(count)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except (asyncio.IncompleteReadError, OSError) as error:  # of any kind: the way to a remote daemon can fail too
             raise EOFError("the sandbox ended") from error
 
     def write(self, data: bytes) -> None:

@@ -56,10 +56,15 @@ def main(control_fd: int) -> None:
             data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
             if not data:
                 return
-            pid = os.fork()
-            if pid == 0:
-                _make_box(control, fds[0], json.loads(data))
-            makers.add(pid)
+            request = json.loads(data)
+            try:
+                pid = os.fork()
+            except OSError as error:  # the host is short of something now; the boxes that live must go on
+                control.send(json.dumps({"id": request["id"], "error": str(error)}).encode())
+            else:
+                if pid == 0:
+                    _make_box(control, fds[0], request)
+                makers.add(pid)
             os.close(fds[0])
 
 

@@ -6,12 +6,13 @@ Invariant: every figure is of boxes that were checked to have worked; one run me
 from __future__ import annotations
 
 import asyncio
+import resource
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from palaestra.errors import SandboxError
+from palaestra.errors import ConfigError, SandboxError
 from palaestra.sandboxes._backends import open_backend
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._pool import SandboxPool
@@ -19,6 +20,7 @@ from palaestra.sandboxes._protocol import ExecResult, Sandbox, SandboxBackend
 
 CONCURRENCIES = (1, 4, 16)
 _SPEC = SandboxSpec()
+_OPEN_FILES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,15 @@ class Figure:
     median_ms: float
     p90_ms: float
     per_s: float
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as a measurement needs; raises `ConfigError` where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _OPEN_FILES:
+        raise ConfigError(f"{hard} open files are too few to measure with: raise `ulimit -n` to {_OPEN_FILES} or more")
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, hard))
 
 
 async def measure(name: str, *, repeats: int) -> list[Figure]:

@@ -104,7 +104,7 @@ class LossConfig(Config):
     """The ratio is clipped below at `1 - clip_low`."""
     clip_high: float = Field(default=0.28, gt=0)
     """The ratio is clipped above at `1 + clip_high`."""
-    dual_clip: float = Field(default=3.0, gt=1)
+    dual_clip: float = Field(default=3.0, gt=1, allow_inf_nan=True)
     """Upper bound of a token's loss in units of a negative advantage; `inf` switches it off."""
     delta_low: float = Field(default=0.2, gt=0, le=1)
     """Probability that a token with a negative advantage may lose before it is dropped."""

@@ -112,7 +112,8 @@ class MiniWoB(Env):
         return ("miniwob browser", self._browser)
 
     async def _start_shelf(self) -> TabShelf:
-        return TabShelf(await BrowserPool.start(stage_site(PAGES), self._browser), self._browser)
+        config = self._browser.model_copy(update={"frames_on_request": True})  # the stage is driven by script alone
+        return TabShelf(await BrowserPool.start(stage_site(PAGES), config), config)
 
     async def _act(self, kind: str, ref: int, text: str) -> str:
         if self._tab is None or self._screen is None:

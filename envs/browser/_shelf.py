@@ -2,7 +2,8 @@
 
 Allowed because the stage is the package's own text and agents only click, type and select in it; the tests prove
 that nothing of an episode is left in the next. Invariants: a tab is used by one episode at a time; one that
-broke or is worn out ends with its lease and is replaced; at most `max_tabs` are leased.
+broke or is worn out ends with its lease and is replaced; at most `max_tabs` are leased; a lease's lifetime is
+that of one episode.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class TabShelf:
         self._free = asyncio.Semaphore(config.max_tabs)
         self._idle: list[Tab] = []
         self._num_episodes: dict[Tab, int] = {}
+        self._is_closed = False
 
     @property
     def num_used(self) -> int:
@@ -45,7 +47,7 @@ class TabShelf:
     async def give_back(self, tab: Tab) -> None:
         """Take the tab of an ended episode back."""
         try:
-            if tab.is_broken or self._num_episodes.get(tab, 0) >= self._config.episodes_per_lease:
+            if self._is_closed or tab.is_broken or self._num_episodes.get(tab, 0) >= self._config.episodes_per_lease:
                 await self._end(tab)
             else:
                 self._idle.append(tab)
@@ -53,7 +55,8 @@ class TabShelf:
             self._free.release()
 
     async def aclose(self) -> None:
-        """Close the pool with all its tabs; idempotent."""
+        """Close the pool with all its tabs; idempotent. A tab given back later only ends its lease."""
+        self._is_closed = True
         self._idle.clear()
         self._num_episodes.clear()
         await self.pool.aclose()
@@ -62,6 +65,7 @@ class TabShelf:
         while self._idle:
             tab = self._idle.pop()
             if not tab.is_broken:
+                self.pool.renew(tab)
                 self._num_episodes[tab] += 1
                 return tab
             await self._end(tab)

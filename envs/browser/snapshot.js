@@ -1,6 +1,7 @@
 // The accessibility tree of the page as flat rows. Roles and names are Chromium's own (computedRole,
 // computedName); order, states and references are read from the document. What a click can reach but has no
-// role, such as MiniWoB's links made of spans, has the role `clickable`.
+// role, such as MiniWoB's links made of spans, has the role `clickable`. A page of more than MAX_ELEMENTS has one row
+// that says so: the time that Chromium takes for the roles grows with the square of their number.
 (() => {
   const CONTROLS = new Set(['button', 'link', 'textbox', 'searchbox', 'checkbox', 'radio', 'combobox', 'listbox',
     'option', 'tab', 'menuitem', 'spinbutton', 'slider', 'treeitem', 'switch']);
@@ -9,6 +10,7 @@
   const NAMED_BY_CONTENT = new Set(['cell', 'columnheader', 'rowheader', 'gridcell', 'heading']);
   const HUD = new Set(['query', 'reward-display', 'sync-task-cover', 'click-canvas']);
   const PLAIN_TAGS = new Set(['DIV', 'SPAN', 'P', 'B', 'BR', 'LABEL']);
+  const MAX_ELEMENTS = 300;  // no page of MiniWoB's has a quarter as many
   let refs = new Map(), elements = [], roles = new Map();
 
   const squeeze = (text) => text.replace(/\s+/g, ' ').trim();
@@ -122,7 +124,10 @@
   window.palaestraTree = {
     reset() { refs = new Map(); elements = []; },
     rows() {
-      const rows = [];
+      const rows = [], size = document.body.getElementsByTagName('*').length;
+      if (size > MAX_ELEMENTS) {
+        return [[0, 'text', `the page has ${size} elements; more than ${MAX_ELEMENTS} cannot be shown`, 0, {}, '']];
+      }
       roles = new Map();
       for (const child of document.body.children) visit(child, 0, rows, true);
       return rows;

@@ -12,6 +12,7 @@ from palaestra.envs.code._grading import Grade, grade
 from palaestra.envs.code._tests import Tests
 from palaestra.resources import Resources
 from palaestra.sandboxes import (
+    Capability,
     Ended,
     ExecResult,
     Limits,
@@ -22,7 +23,10 @@ from palaestra.sandboxes import (
     open_backend,
 )
 
-_SPEC = SandboxSpec(limits=Limits(wall_s=10.0, cpu_s=10.0, memory_mb=256, processes=32, workspace_mb=16, file_mb=8))
+_SPEC = SandboxSpec(
+    limits=Limits(wall_s=10.0, cpu_s=10.0, memory_mb=256, processes=32, workspace_mb=16, file_mb=8),
+    needs=Capability.isolating(),
+)
 _DESTRUCTIVE = (Ended.SANDBOX_KILLED, Ended.OOM)
 
 

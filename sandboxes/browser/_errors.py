@@ -9,8 +9,9 @@ from palaestra.errors import SandboxError
 By = Literal["page", "browser"]
 """`page`: its content hung, crashed, closed or exhausted it. `browser`: the browser, its driver or the host failed."""
 
-Ended = Literal["timeout", "crash", "oom", "closed", "killed", "died"]
-"""`killed`: the page's process got a signal from outside. `died`: the browser or its driver is gone."""
+Ended = Literal["timeout", "crash", "oom", "closed", "address", "killed", "died", "lifetime"]
+"""`address`: there is nothing to show at an address. `killed`: the page's process got a signal from outside.
+`died`: the browser or its driver is gone. `lifetime`: the lease was held for too long."""
 
 
 class TabError(SandboxError):

@@ -1,76 +1,80 @@
 """Fresh tabs of one site, one lease each, behind one Chromium that is replaced when it dies or is worn.
 
-Invariants: a lease gets a browser context that nobody used before, and it is closed with the lease; when the
-browser dies its leases fail with `TabError` by `browser`, and the next lease starts another browser, a bounded
-number of times; after `aclose`, and after the death of this process, no browser process is left.
+Invariants: a lease gets a browser context that nobody used before, and it is closed with the lease; a lease is on
+the host's list, and ends when its lifetime is over whether or not its owner ends it; when the browser dies its
+leases fail with `TabError` by `browser`, and the next lease starts another browser, a bounded number of times;
+after `aclose`, and after the death of this process, no browser process is left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from pathlib import Path
 
-from palaestra.errors import SandboxError
+from palaestra.errors import PalaestraError, SandboxError
 from palaestra.sandboxes._cgroups import MemoryCgroups
 from palaestra.sandboxes.browser._chores import Chores
 from palaestra.sandboxes.browser._chromium import Chromium
-from palaestra.sandboxes.browser._config import BrowserConfig
-from palaestra.sandboxes.browser._launch import Isolation
+from palaestra.sandboxes.browser._config import SHARE_OF_ALL, BrowserConfig
+from palaestra.sandboxes.browser._errors import TabError
+from palaestra.sandboxes.browser._lease import TabLease
 from palaestra.sandboxes.browser._processes import memory_mb
 from palaestra.sandboxes.browser._site import Site
 from palaestra.sandboxes.browser._tab import Tab
+from palaestra.sandboxes.browser._watch import MemoryWatch
+
+_log = logging.getLogger(__name__)
 
 _MAX_OPENING = 4
+_LOOK_S = 0.25
 _LEASES_PER_LOOK = 10
 
 
 class BrowserPool:
     """Tabs of one site. Belongs to the event loop it was started on."""
 
-    def __init__(self, site: Site, config: BrowserConfig, cgroups: MemoryCgroups | None) -> None:
+    def __init__(self, site: Site, config: BrowserConfig, cgroups: MemoryCgroups | None, label: str) -> None:
         self._site = site
         self._config = config
         self._cgroups = cgroups
+        self._label = label
         self._free = asyncio.Semaphore(config.max_tabs)
         self._ready: deque[Tab] = deque()
         self._waiters: deque[asyncio.Future[Tab]] = deque()
-        self._leased: set[Tab] = set()
+        self._leased: dict[Tab, TabLease] = {}
         self._num_opening = 0
         self._num_ended = 0
         self._refills = True
-        self._openers, self._enders = Chores(), Chores()
+        self._openers, self._enders, self._watchers = Chores(), Chores(), Chores()
         self._browsers: set[Chromium] = set()
         self._current: Chromium | None = None
         self._is_bloated = False
         self._starting = asyncio.Lock()
         self._deaths: deque[tuple[float, str]] = deque()
-        self._isolation: Isolation | None = None
         self._is_closed = False
 
     @classmethod
-    async def start(
-        cls, site: Site, config: BrowserConfig | None = None, *, isolation: Isolation | None = None
-    ) -> BrowserPool:
-        """Start the browser. Raises `ConfigError` when there is none, `SandboxError` when it does not start."""
-        pool = cls(site, config or BrowserConfig(), await MemoryCgroups.open())
-        pool._isolation = isolation
+    async def start(cls, site: Site, config: BrowserConfig | None = None, *, label: str = "") -> BrowserPool:
+        """Start the browser; `label` names it on the host's list.
+
+        Raises `ConfigError` when there is none or it cannot be isolated as configured, `SandboxError` when it does
+        not start.
+        """
+        label = label or Path(sys.argv[0]).name
+        pool = cls(site, config or BrowserConfig(), await MemoryCgroups.open(), label)
         try:
-            first = await pool._browser()
+            await pool._browser()
         except BaseException:
             await pool.aclose()
             raise
-        pool._isolation = first.isolation  # another browser must not have less
         pool._fill()
         return pool
-
-    @property
-    def isolation(self) -> Isolation:
-        """How its browsers are kept from the network and the host's files."""
-        assert self._isolation is not None, "known since the start"
-        return self._isolation
 
     @property
     def limits_memory(self) -> bool:
@@ -121,31 +125,45 @@ class BrowserPool:
         except BaseException:
             self._free.release()
             raise
-        self._leased.add(tab)
+        try:
+            self._leased[tab] = TabLease(tab, self._label, self._config.lifetime_s, self._expire)
+        except BaseException:
+            self._enders.spawn(self._close(tab))
+            self._free.release()
+            raise
         self._fill()
         return tab
 
     async def release(self, tab: Tab) -> None:
         """End a lease: its tab is closed, also when the caller is cancelled. A second time does nothing."""
         if tab in self._leased:
-            self._leased.remove(tab)
-            await asyncio.shield(self._enders.spawn(self._end(tab)))
+            await asyncio.shield(self._enders.spawn(self._end(tab, self._leased.pop(tab))))
+
+    def renew(self, tab: Tab) -> None:
+        """Begin the lease's lifetime anew; a lease that has ended stays ended."""
+        if tab in self._leased:
+            self._leased[tab].renew()
 
     async def aclose(self) -> None:
         """Close the browser and all its processes; idempotent."""
         self._is_closed = True
         self._openers.cancel()
+        self._watchers.cancel()
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(SandboxError("the browser pool was closed"))
         await self._openers.join()
+        await self._watchers.join()
         self._ready.clear()
         for browser in list(self._browsers):
             self._enders.spawn(self._bury(browser))
         await self._enders.join()
         cgroups, self._cgroups = self._cgroups, None
-        if cgroups is not None:
-            await cgroups.aclose()
+        async with contextlib.AsyncExitStack() as stack:
+            if cgroups is not None:
+                stack.push_async_callback(cgroups.aclose)
+            for lease in self._leased.values():  # their tabs went with the browsers; a late `release` is welcome
+                stack.callback(lease.end)
 
     async def _take(self) -> Tab:
         if self._is_closed:
@@ -204,11 +222,18 @@ class BrowserPool:
     async def _open(self) -> Tab:
         browser = await self._browser()
         try:
-            return await Tab.open(browser, self._site, self._config)
+            return await self._open_in(browser)
         except SandboxError:
             if browser.is_alive:
                 raise
-        return await Tab.open(await self._browser(), self._site, self._config)
+        return await self._open_in(await self._browser())
+
+    async def _open_in(self, browser: Chromium) -> Tab:
+        try:
+            return await Tab.open(browser, self._site, self._config)
+        except BaseException:
+            self._end_if_drained(browser)  # another may have taken over meanwhile
+            raise
 
     def _hand(self, result: Tab | Exception) -> None:
         while self._waiters:
@@ -236,12 +261,13 @@ class BrowserPool:
                 return old
             self._refuse_too_many_deaths()
             try:
-                new = await Chromium.start(self._config, self._cgroups, self._isolation)
+                new = await Chromium.start(self._config, self._cgroups, self._label)
             except SandboxError as error:
                 self._deaths.append((time.monotonic(), str(error)))
                 raise
             new.on_death = self._on_death
             self._browsers.add(new)
+            self._watchers.spawn(self._watch(new))
             self._current, self._is_bloated = new, False
             for tab in self._ready:
                 self._enders.spawn(self._close(tab))
@@ -266,7 +292,35 @@ class BrowserPool:
         await browser.aclose()
         self._browsers.discard(browser)
 
-    async def _end(self, tab: Tab) -> None:
+    async def _watch(self, browser: Chromium) -> None:
+        """Look after a browser while it lives."""
+        watch = MemoryWatch(browser, self._config.memory_mb / SHARE_OF_ALL)
+        renewed_s = time.monotonic()
+        while browser.is_alive:
+            if time.monotonic() - renewed_s > self._config.lifetime_s / 2:
+                renewed_s = time.monotonic()
+                try:
+                    browser.renew()
+                except PalaestraError as error:  # the list cannot be kept just now: tried again, and the watch goes on
+                    _log.warning("%s", error)
+            tabs = [tab for tab in self._leased if tab.chromium is browser and tab.failure is None]
+            culprit = await watch.look(tabs)
+            if culprit is not None:
+                self._end_early(*culprit)
+            if watch.is_worn and browser is self._current:
+                self._is_bloated = True
+            await asyncio.sleep(_LOOK_S)
+
+    def _expire(self, tab: Tab) -> None:
+        what = f"the lease is over after {self._config.lifetime_s:g} s"
+        self._end_early(tab, TabError(what, "browser", "lifetime"))
+
+    def _end_early(self, tab: Tab, failure: TabError) -> None:
+        if tab in self._leased:
+            tab.fail(failure)
+            self._enders.spawn(self._end(tab, self._leased.pop(tab)))
+
+    async def _end(self, tab: Tab, lease: TabLease) -> None:
         try:
             await self._close(tab)
             self._num_ended += 1
@@ -275,6 +329,7 @@ class BrowserPool:
                 self._is_bloated = tab.chromium is self._current and used_mb > self._config.max_pss_mb
         finally:
             self._free.release()
+            lease.end()
 
     async def _close(self, tab: Tab) -> None:
         await tab.close()

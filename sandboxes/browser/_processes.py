@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+_FIRST = "500"
 
 
 class Process:
@@ -46,17 +48,44 @@ def parent_of(pid: int) -> int:
 
 def family_of(pid: int) -> list[int]:
     """The process and its descendants, as far as they still run."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return [pid]
+    children: list[int] = []
+    with contextlib.suppress(OSError):  # it is gone
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # a thread that ended meanwhile has no children
+                children += map(int, (task / "children").read_text().split())
     return [pid, *(one for child in children for one in family_of(child))]
 
 
 def memory_mb(pid: int) -> float:
     """Memory of the whole family: pages shared by several processes count in part (PSS), else in full."""
     return sum(map(_pss_kb, family_of(pid))) / 1024
+
+
+def shared_memory_mb(pids: Iterable[int]) -> float:
+    """Memory of those of a browser's processes that serve all pages, files not counted."""
+    return sum(_own_kb(pid) for pid in pids if not is_renderer(pid)) / 1024
+
+
+def is_renderer(pid: int) -> bool:
+    """Whether it runs pages, of one browser context."""
+    try:
+        return b"--type=renderer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def offer_to_kernel(pid: int) -> None:
+    """Have the kernel take this process before others when memory runs out, as far as we may."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(_FIRST)
+
+
+def _own_kb(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _pss_kb(pid: int) -> int:

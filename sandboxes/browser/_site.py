@@ -1,11 +1,13 @@
 """What pages may load: files of named origins, answered from memory, and nothing else.
 
-Invariant: a request is answered only by an origin of the site; every answer carries the site's content policy.
+Invariants: a request is answered only by an origin of the site; every answer carries the site's content policy;
+a `serve` that raises fails that one request, and the tab that asked is told.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +16,9 @@ from urllib.parse import urlsplit
 from playwright.async_api import BrowserContext, Route, WebSocketRoute
 from playwright.async_api import Error as PlaywrightError
 
-from palaestra.errors import ConfigError
+from palaestra.errors import ConfigError, TaskError
+
+_log = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -62,13 +66,20 @@ class Site:
         serve = self.origins.get(_origin(url))
         return serve(urlsplit(url).path or "/") if serve is not None else None
 
-    async def attach(self, context: BrowserContext) -> None:
-        """Let this site, and nothing else, answer the context's requests."""
-        await context.route("**/*", lambda route: self._answer(route))
+    async def attach(self, context: BrowserContext, errors: list[TaskError]) -> None:
+        """Let this site, and nothing else, answer the context's requests; `errors` gets what `serve` raised last."""
+        await context.route("**/*", lambda route: self._answer(route, errors))
         await context.route_web_socket("**/*", _refuse)
 
-    async def _answer(self, route: Route) -> None:
-        resource = self.find(route.request.url)
+    async def _answer(self, route: Route, errors: list[TaskError]) -> None:
+        url = route.request.url
+        try:
+            resource = self.find(url)
+        except Exception as error:  # whatever it is, it is for whoever waits for the document
+            errors[:] = [TaskError(f"the site's function for {_origin(url)} raised {error!r} on {urlsplit(url).path}")]
+            errors[0].__cause__ = error
+            _log.error("%s", errors[0], exc_info=error)
+            resource = None
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 if resource is None:

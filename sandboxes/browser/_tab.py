@@ -1,7 +1,8 @@
 """One page of the pool in a browser context of its own, driven over the DevTools protocol.
 
 Invariants: every wait has a deadline; a call that failed, hung or was cancelled breaks the tab; the page
-reaches only what its site serves; a failure says whose doing it was, the page's or the browser's.
+reaches only what its site serves; a failure says whose doing it was, the page's or the browser's, by the state
+that they are found in and never by a message, which a page can write.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any, TypeVar
 
 from playwright.async_api import BrowserContext, CDPSession, Page
 from playwright.async_api import Error as PlaywrightError
+from playwright.async_api import TimeoutError as PlaywrightTimeoutError
 
 from palaestra.errors import SandboxError, TaskError
 from palaestra.sandboxes.browser._chores import Chores
 from palaestra.sandboxes.browser._chromium import Chromium
 from palaestra.sandboxes.browser._config import BrowserConfig
 from palaestra.sandboxes.browser._errors import TabError
+from palaestra.sandboxes.browser._guard import GUARD
 from palaestra.sandboxes.browser._site import Site
 
 _REASON_TIMEOUT_S = 1.0
+_MARGIN_S = 1.0
+_SAMPLE_TIMEOUT_S = 0.5
 
 ValueT = TypeVar("ValueT")
 
@@ -38,15 +43,18 @@ class Tab:
         page: Page,
         session: CDPSession,
         config: BrowserConfig,
+        site_errors: list[TaskError],
     ) -> None:
         self.page = page
         self.failure: TabError | None = None
-        """Set once the page or the browser died."""
+        """Set once the page or the browser died, or the lease was ended."""
         self.chromium = chromium
         self._site = site
         self._context = context
         self._session = session
         self._config = config
+        self._site_errors = site_errors
+        self._has_crashed = False
         self._target_id = ""
         self._num_unanswered = 0
         self._is_spoilt = False
@@ -55,42 +63,51 @@ class Tab:
         self._deadlines: set[asyncio.Timeout] = set()
         self._chores = Chores()
         context.on("page", self._on_page)
+        page.on("crash", self._on_crash)
 
     @classmethod
     async def open(cls, chromium: Chromium, site: Site, config: BrowserConfig) -> Tab:
         """A new context with the start document loaded; raises `SandboxError` when it does not load.
 
-        A caller that is cancelled meanwhile must end the browser: what was asked of it comes into being anyway.
+        Raises `TaskError` when the site's own function fails on the document. A caller that is cancelled meanwhile
+        must end the browser: what was asked of it comes into being anyway.
         """
         chromium.num_opened += 1
         chromium.num_tabs += 1
+        site_errors: list[TaskError] = []
+        context: BrowserContext | None = None
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(_leave, chromium)
             try:
-                async with asyncio.timeout(config.load_timeout_s):
+                async with asyncio.timeout(config.load_timeout_s + _MARGIN_S):
                     context = await chromium.browser.new_context(
                         service_workers="block", accept_downloads=False, locale="en-US", timezone_id="UTC"
                     )
                     stack.push_async_callback(_close, chromium, context, config.close_timeout_s)
-                    await site.attach(context)
+                    await context.add_init_script(GUARD)
+                    await site.attach(context, site_errors)
                     page = await context.new_page()
                     session = await context.new_cdp_session(page)
-                    tab = cls(chromium, site, context, page, session, config)
-                    await tab._begin()
+                    tab = cls(chromium, site, context, page, session, config, site_errors)
+                    await tab._begin(stack)
             except (PlaywrightError, TimeoutError) as error:
-                if isinstance(error, TimeoutError):
+                if context is None and isinstance(error, TimeoutError):  # nothing that could be closed instead
                     chromium.die(f"a tab did not open within {config.load_timeout_s:g} s")
+                for site_error in site_errors:
+                    raise site_error from error
                 reason = chromium.failure or _line(error)
                 raise SandboxError(f"the browser did not load {site.start_url}: {reason}") from error
             stack.pop_all()
         return tab
 
-    async def _begin(self) -> None:
+    async def _begin(self, stack: contextlib.AsyncExitStack) -> None:
         reply = await self._session.send("Target.getTargetInfo")
         self._target_id = reply["targetInfo"]["targetId"]
-        self.chromium.watch(self._target_id, self._fail)
+        self.chromium.watch(self._target_id, self.fail)
+        stack.callback(self.chromium.unwatch, self._target_id)
         await self.page.goto(self._site.start_url, timeout=1000 * self._config.load_timeout_s)
         await self._session.send("Accessibility.enable")
+        await self._session.send("Performance.enable")
 
     @property
     def is_broken(self) -> bool:
@@ -109,11 +126,14 @@ class Tab:
         expression = f"{function}({', '.join(json.dumps(argument) for argument in arguments)})"
         limit_s = self._config.call_timeout_s
         parameters = {"expression": expression, "returnByValue": True, "timeout": 1000 * limit_s}
+        began_s = asyncio.get_running_loop().time()
         try:
-            reply = await self.run(function, lambda: self._session.send("Runtime.evaluate", parameters), limit_s + 1.0)
+            reply = await self.run(
+                function, lambda: self._session.send("Runtime.evaluate", parameters), limit_s + _MARGIN_S
+            )
         except PlaywrightError as error:
             self.spoil()
-            if "terminated" in str(error):
+            if asyncio.get_running_loop().time() - began_s >= limit_s:  # Chromium ended it
                 raise TabError(f"the page did not answer {function} in {limit_s:g} s", "page", "timeout") from error
             raise TabError(f"the page did not answer {function}: {_line(error)}", "page", "crash") from error
         if "exceptionDetails" in reply:
@@ -126,16 +146,19 @@ class Tab:
 
         Raises `TabError` when the page or the browser failed; other errors of Playwright's pass through.
         """
-        if self._is_closed:
-            raise SandboxError(f"{what} was asked of a tab whose lease has ended")
         if self.failure is not None:
             raise self.failure
+        if self._is_closed:
+            raise SandboxError(f"{what} was asked of a tab whose lease has ended")
         limit_s = self._config.call_timeout_s if timeout_s is None else timeout_s
         self._num_unanswered += 1  # until the answer is there: a cancelled call leaves it so
         try:
             async with asyncio.timeout(limit_s) as deadline:
                 self._deadlines.add(deadline)
-                value = await start()
+                try:
+                    value = await start()
+                finally:
+                    self._deadlines.discard(deadline)
         except TimeoutError as error:
             raise await self._why_late(what, limit_s) from error
         except PlaywrightError as error:
@@ -144,8 +167,6 @@ class Tab:
                 raise failure from error
             self._num_unanswered -= 1
             raise
-        finally:
-            self._deadlines.discard(deadline)
         self._num_unanswered -= 1
         return value
 
@@ -153,11 +174,41 @@ class Tab:
         """Show another document of the site; raises `ValueError` when the site has no such origin.
 
         The way for addresses that an agent gives: Playwright's own `goto` also opens Chromium's internal pages.
+        Raises `TabError` by the page when it does not load in time, or when there is nothing at the address.
         """
         if not self._site.allows(url):
             raise ValueError(f"{url!r} is of no origin of this site")
         limit_s = self._config.load_timeout_s
-        await self.run(f"goto {url}", lambda: self.page.goto(url, timeout=1000 * limit_s), limit_s + 1.0)
+        self._site_errors.clear()
+        try:
+            await self.run(f"goto {url}", lambda: self._load(url, limit_s), limit_s + 2 * _MARGIN_S)
+        except PlaywrightTimeoutError as error:
+            self.spoil()
+            raise TabError(f"{url} did not load within {limit_s:g} s", "page", "timeout") from error
+        except PlaywrightError as error:
+            for site_error in self._site_errors:
+                raise site_error from error
+            raise TabError(f"the site has nothing to show at {url}: {_line(error)}", "page", "address") from error
+
+    async def _load(self, url: str, limit_s: float) -> None:
+        try:
+            await self.page.goto(url, timeout=1000 * limit_s)
+        except PlaywrightTimeoutError:
+            raise
+        except PlaywrightError:
+            # Chromium is about to show a page of its own, which would cut off the next navigation.
+            with contextlib.suppress(PlaywrightError):
+                await self.page.wait_for_url("chrome-error://**", wait_until="commit", timeout=1000 * _MARGIN_S)
+            raise
+
+    async def processor_s(self) -> float | None:
+        """Processor time that the page's process has used, in seconds; None when the page does not answer at once."""
+        try:
+            async with asyncio.timeout(_SAMPLE_TIMEOUT_S):
+                reply = await self._session.send("Performance.getMetrics")
+        except (PlaywrightError, TimeoutError):
+            return None
+        return next((float(metric["value"]) for metric in reply["metrics"] if metric["name"] == "ProcessTime"), None)
 
     async def close(self) -> None:
         """Close the page with its context, or kill the browser; never raises for a page that is already gone."""
@@ -172,7 +223,8 @@ class Tab:
         finally:
             _leave(self.chromium)
 
-    def _fail(self, failure: TabError) -> None:
+    def fail(self, failure: TabError) -> None:
+        """Let the calls under way and all later ones raise `failure`, unless the tab failed before."""
         if self.failure is None:
             self.failure = failure
         self._has_failed.set()
@@ -188,14 +240,21 @@ class Tab:
 
     async def _why_gone(self, error: PlaywrightError) -> TabError | None:
         """None when the page is still there: then the error is about the call alone."""
-        if "crashed" not in str(error) and "closed" not in str(error):
+        is_up = await self.chromium.answers()  # a round trip: whatever happened before the error is known after it
+        if is_up and self.failure is None and not self._has_crashed and not self.page.is_closed():
             return None
-        with contextlib.suppress(TimeoutError):  # the reason comes by another way, soon
-            async with asyncio.timeout(_REASON_TIMEOUT_S):
-                await self._has_failed.wait()
-        if self.failure is None and self.page.is_closed() and await self.chromium.answers():
-            self.failure = TabError("the page was closed", "page", "closed")
-        return self.failure or TabError(f"the page died: {_line(error)}", "browser", "died")
+        if not is_up or self._has_crashed:
+            with contextlib.suppress(TimeoutError):  # the reason comes by another way, soon
+                async with asyncio.timeout(_REASON_TIMEOUT_S):
+                    await self._has_failed.wait()
+        if self.failure is None and not is_up:
+            self.chromium.die(f"the browser did not answer: {_line(error)}")
+        if self.failure is None and self._has_crashed:
+            self.failure = TabError("the page crashed", "page", "crash")
+        return self.failure or self.chromium.failure or TabError("the page was closed", "page", "closed")
+
+    def _on_crash(self, _: Page) -> None:
+        self._has_crashed = True
 
     def _on_page(self, page: Page) -> None:
         self.spoil()

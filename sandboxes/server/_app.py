@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from palaestra.errors import ConfigError
-from palaestra.sandboxes._frames import CLIENT_HEADER, MAX_HEADER, PROTOCOL, FrameError, FrameReader, Header
+from palaestra.sandboxes._frames import CLIENT_HEADER, HOLD_S, MAX_HEADER, PROTOCOL, FrameError, FrameReader, Header
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._protocol import SandboxBackend
 from palaestra.sandboxes._wire import MAX_BODY
@@ -78,6 +78,7 @@ class _Desk:
             "goodbye": self._goodbye,
             "heartbeat": self._heartbeat,
             "hello": self._hello,
+            "hold": self._hold,
         }
 
     def knows(self, op: str) -> bool:
@@ -87,6 +88,7 @@ class _Desk:
     def answer(self, op: str, client: str, request: Header, body: bytes) -> Answer:
         """The answer to a request, whose box ends when the client does not wait for it."""
         touched: list[Held] = []
+        was_in_doubt = self._leases.heard(client)
 
         async def work(emit: Emit) -> tuple[Header, bytes]:
             if op in BOX_OPERATIONS:
@@ -98,6 +100,8 @@ class _Desk:
         def lost() -> None:
             for held in touched:
                 self._leases.drop(held)
+            if was_in_doubt:  # the request had been on its way when its client ended
+                self._leases.let_go(client)
 
         return Answer(op, work, lost)
 
@@ -124,6 +128,11 @@ class _Desk:
 
     async def _heartbeat(self, client: str, request: Header, _: list[Held]) -> Header:
         self._leases.renew(client, [key for key in field(request, "boxes", list) if isinstance(key, str)])
+        return {}
+
+    async def _hold(self, client: str, *_: object) -> Header:
+        with self._leases.hold(client):
+            await asyncio.sleep(HOLD_S)
         return {}
 
     async def _close(self, client: str, request: Header, _: list[Held]) -> Header:

@@ -1,7 +1,8 @@
 """Which box is which client's, and since when it was not named.
 
-Invariant: a box ends when its client closed it, hung up in the middle of something, or has not named it for a lease;
-all end with `aclose`. An unknown key and another client's key are the same error.
+Invariant: a box ends when its client closed it, hung up in the middle of something, lost its hold and gave no sign of
+life for a moment, or has not named it for a lease; all end with `aclose`. An unknown key and another client's key are
+the same error.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,6 +20,10 @@ from palaestra.errors import SandboxError
 from palaestra.sandboxes._protocol import Sandbox
 
 _log = logging.getLogger(__name__)
+
+_LET_GO_S = 1.25
+"""A client that lost its hold may show itself for so long: connections break, and processes do not come back."""
+_TICK_S = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +44,8 @@ class Leases:
         self.lease_s = lease_s
         self._held: dict[tuple[str, str], Held] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._holds: Counter[str] = Counter()
+        self._let_go_s: dict[str, float] = {}
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -65,6 +74,34 @@ class Leases:
         for key in keys:
             if held := self._held.get((client, key)):
                 held.named_s = _now_s()
+
+    @contextmanager
+    def hold(self, client: str) -> Iterator[None]:
+        """A client's sign of life: it lasts as long as its connection, which the end of the client ends too.
+
+        A block that runs to its end was not let go of: the client is about to take hold again.
+        """
+        self._holds[client] += 1
+        self.heard(client)
+        has_broken = True
+        try:
+            yield
+            has_broken = False
+        finally:
+            self._holds[client] -= 1
+            if not self._holds[client]:
+                del self._holds[client]
+                if has_broken:
+                    self.let_go(client)
+
+    def heard(self, client: str) -> bool:
+        """Take note that a client lives; whether that was in doubt."""
+        return self._let_go_s.pop(client, None) is not None
+
+    def let_go(self, client: str) -> None:
+        """Give a client without a hold a moment to show itself."""
+        if client not in self._holds:
+            self._let_go_s[client] = _now_s()
 
     def drop(self, held: Held) -> asyncio.Task[None] | None:
         """Forget a box and begin to close it; None when that is under way."""
@@ -104,12 +141,26 @@ class Leases:
             await asyncio.wait(tasks)
 
     async def _watch_leases(self) -> None:
+        tick_s = min(_TICK_S, self.lease_s / 4)
+        was_late = False
         while True:
-            await asyncio.sleep(min(1.0, self.lease_s / 4))
+            slept_s = _now_s()
+            await asyncio.sleep(tick_s)
+            now_s = _now_s()
+            # while this loop stood still it heard nobody: what waits in its sockets is read before anyone is judged
+            was_late = now_s - slept_s > 2 * tick_s and not was_late
+            if was_late:
+                continue
+            gone = {client for client, since_s in self._let_go_s.items() if now_s - since_s > _LET_GO_S}
             for held in list(self._held.values()):
-                if _now_s() - held.named_s > self.lease_s:
+                if held.client in gone:
+                    _log.warning("box %s ends: its client is gone", held.box.id)
+                    self.drop(held)
+                elif now_s - held.named_s > self.lease_s:
                     _log.warning("box %s ends: its client was silent for %g s", held.box.id, self.lease_s)
                     self.drop(held)
+            for client in gone:
+                del self._let_go_s[client]
 
 
 async def _close(box: Sandbox) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from palaestra.errors import ConfigError
 from palaestra.sandboxes._backends import open_backend
-from palaestra.sandboxes._frames import TOKEN_VARIABLE
+from palaestra.sandboxes._frames import TOKEN_VARIABLE, check_token
 from palaestra.sandboxes._limits import SandboxSpec
 from palaestra.sandboxes._managed import Admission
 
@@ -27,6 +27,7 @@ LEASE_S = 60.0
 
 _KEEP_ALIVE_S = 600  # the client drops an idle connection sooner: a request must not meet its closing
 _GRACEFUL_S = 2
+_MAX_LEASE_S = 86_400.0
 
 
 def serve(
@@ -47,10 +48,10 @@ def serve(
     token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
     if not token and not _is_loopback(host):
         raise ConfigError(f"others reach {host}: set {TOKEN_VARIABLE} to a secret of at least 16 characters")
-    if token and (len(token) < 16 or not token.isascii() or not token.isprintable()):
-        raise ConfigError(f"{TOKEN_VARIABLE} must be at least 16 printable ASCII characters")
-    if lease_s <= 0:
-        raise ConfigError(f"lease_s must be above 0, not {lease_s:g}")
+    if token:
+        check_token(token)
+    if not 1 <= lease_s <= _MAX_LEASE_S:
+        raise ConfigError(f"lease_s must be within 1 and {_MAX_LEASE_S:g} seconds, not {lease_s:g}")
     asyncio.run(_serve(host, port, backend, token, lease_s, admission, on_ready))
 
 

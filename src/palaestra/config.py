@@ -20,9 +20,9 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, keyword only, no unknown keys."""
+    """Base of every configuration: immutable, keyword only, no unknown keys, no infinity unless a field allows it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls: type[ConfigT], values: Mapping[str, Any], *, source: str = "configuration") -> ConfigT:

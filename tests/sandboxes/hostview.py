@@ -7,6 +7,7 @@ whatever came and belongs to no container that an engine lists was left behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import re
@@ -44,8 +45,11 @@ def processes_with(text: str) -> list[int]:
 
 def children_of(pid: int) -> list[int]:
     """Direct children of a process."""
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 def traces_of(pid: int) -> list[str]:

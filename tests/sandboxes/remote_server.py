@@ -50,11 +50,11 @@ class Server:
 
 @contextmanager
 def running_server(
-    *, port: int = 0, token: str = "", lease_s: float = 60.0, admission: dict[str, Any] | None = None
+    *, port: int = 0, token: str = "", lease_s: float = 60.0, admission: dict[str, Any] | None = None, before: str = ""
 ) -> Iterator[Server]:
-    """A server of jails on loopback, which has ended after the block."""
+    """A server of jails on loopback, which has ended after the block; it runs the code `before` first."""
     settings = {"port": port, "token": token, "lease_s": lease_s, "admission": admission}
-    process = start_python(_SERVE, json.dumps(settings))
+    process = start_python(before + _SERVE, json.dumps(settings))
     assert process.stdout is not None
     try:
         assert select.select([process.stdout], [], [], _START_S)[0], "the server did not start"

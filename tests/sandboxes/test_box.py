@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 
@@ -9,10 +10,11 @@ import pytest
 
 from palaestra.errors import SandboxError
 from palaestra.sandboxes import Ended, SandboxSpec
-from palaestra.sandboxes._box import Box, Death
+from palaestra.sandboxes._box import Box
+from palaestra.sandboxes._host import Death, WhoseMemory
 
 _HONEST = {
-    "id": 1, "stopped": "", "status": 0, "cpu_s": 0.0, "oom_kills": 0, "wall_s": 0.1, "stdout_total": 2,
+    "id": 1, "stopped": "", "status": 0, "cpu_s": 0.0, "oom_kills": 0, "at_limit": 0, "wall_s": 0.1, "stdout_total": 2,
     "stderr_total": 1, "stdout_bytes": 2, "survivors": 0,
 }  # fmt: skip
 
@@ -25,7 +27,7 @@ class Recording:
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
         self.num_kills = 0
-        self.oom_kills = 0
+        self.ran_out: list[WhoseMemory] = []
         self.died = Death()
 
     async def read_exactly(self, count: int) -> bytes:
@@ -43,8 +45,8 @@ class Recording:
     async def release(self) -> None:
         pass
 
-    def count_oom_kills(self) -> int:
-        return self.oom_kills
+    def whose_memory(self) -> WhoseMemory:
+        return self.ran_out.pop(0) if self.ran_out else ""
 
     async def death(self) -> Death:
         return self.died
@@ -87,6 +89,9 @@ _BEGAN = _frame({"id": 1, "began": True})
         _frame({**_HONEST, "stdout_bytes": 4}, b"abc"),
         _frame({**_HONEST, "stdout_bytes": -1}, b"abc"),
         _frame({**_HONEST, "stdout_total": 1}, b"abc"),
+        _frame({**_HONEST, "status": 1 << 70}, b"abc"),
+        _frame({**_HONEST, "status": float("inf")}, b"abc"),
+        struct.pack("!II", 60_000, 0) + b"[" * 60_000,
         _frame({"id": 1, "stream": 0}, b"unasked") + _frame(_HONEST, b"abc"),
         _frame({"id": 1, "net": 1, "do": "open"}) + _frame(_HONEST, b"abc"),
     ],
@@ -97,8 +102,11 @@ async def test_a_malformed_answer_is_the_agents_doing_and_ends_the_box(began: by
     result = await box.exec(["x"])
     assert (result.ended, result.exit_code, result.stdout) == (Ended.SANDBOX_KILLED, None, b"")
     assert recording.num_kills == 1
+    assert (await box.run_python("1")).ended is Ended.SANDBOX_KILLED, "what the agent ended stays its doing"
+    with pytest.raises(OSError, match=r"destroyed|tampered"):
+        await box.read_file("/x")
     with pytest.raises(SandboxError, match="unusable"):
-        await box.exec(["x"])
+        await box.stats()
 
 
 @pytest.mark.parametrize("answer", [_BEGAN, _BEGAN + _frame(_HONEST, b"abc")[:-1]])
@@ -107,7 +115,11 @@ async def test_a_box_that_ends_while_it_runs_is_the_agents_doing_unless_the_host
         recording = Recording(answer)
         recording.died = death
         assert (await _box(recording).exec(["x"])).ended is ended
-    for death, reason in ((Death(9), "killed from outside"), (Death(by_host="its zygote ended"), "its zygote ended")):
+    for death, reason in (
+        (Death(9), "killed from outside"),
+        (Death(0), "connection to this process was lost"),
+        (Death(by_host="its zygote ended"), "its zygote ended"),
+    ):
         recording = Recording(answer)
         recording.died = death
         with pytest.raises(SandboxError, match=reason):
@@ -120,6 +132,63 @@ async def test_a_box_that_ended_before_it_began_is_our_failure() -> None:
     with pytest.raises(SandboxError, match="died while it was idle"):
         await _box(recording).exec(["x"])
     assert recording.num_kills == 1
+
+
+async def test_what_the_agent_left_and_the_server_could_not_bear_is_the_agents_doing() -> None:
+    recording = Recording(b"")
+    recording.died = Death(9, is_oom=True)
+    box = _box(recording)
+    with pytest.raises(OSError, match="destroyed by the agent's code") as failure:
+        await box.read_file("/x")
+    assert failure.value.errno == errno.ENOMEM
+    assert (await box.exec(["x"])).ended is Ended.OOM
+    recording = Recording(b"")
+    recording.died = Death(9, is_oom=True)
+    assert (await _box(recording).exec(["x"])).ended is Ended.OOM
+
+
+@pytest.mark.parametrize("seen", [True, False])
+async def test_a_kill_for_memory_is_the_agents_doing_only_when_it_met_its_own_limit(seen: bool) -> None:
+    killed = {**_HONEST, "status": 9}
+    for whose, counts in (("box", (1, 3)), ("host", (1, 0))):
+        told = {} if seen else dict(zip(("oom_kills", "at_limit"), counts, strict=True))
+        recording = Recording(_frame({**killed, **told}, b"abc"))
+        recording.ran_out = [whose] if seen else []  # type: ignore[list-item]
+        box = _box(recording)
+        if whose == "box":
+            assert (await box.exec(["x"])).ended is Ended.OOM
+            continue
+        with pytest.raises(SandboxError, match="the host ran out of memory"):
+            await box.exec(["x"])
+        with pytest.raises(SandboxError, match="unusable"):
+            await box.exec(["x"])
+
+
+async def test_memory_that_ran_out_in_one_execution_is_not_taken_for_the_end_of_the_next() -> None:
+    recording = Recording(_frame(_HONEST, b"abc") + _frame({**_HONEST, "id": 2, "status": 256}, b"abc"))
+    recording.ran_out = ["box"]
+    box = _box(recording)
+    assert (await box.exec(["x"])).is_ok, "a child of it was killed, and it went on"
+    assert (await box.exec(["x"])).ended is Ended.EXIT
+
+
+async def test_output_that_nobody_can_take_ends_the_box_as_ours() -> None:
+    stream = _frame({"id": 1, "stream": 0}, b"piece")
+    box = _box(Recording(_BEGAN + stream + _frame(_HONEST, b"abc")))
+
+    def fails(*_: object) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await box.exec(["x"], on_output=fails)
+    with pytest.raises(SandboxError, match="unusable: a request was given up"):
+        await box.exec(["x"])
+
+
+async def test_a_tree_is_never_larger_than_what_was_asked_for() -> None:
+    pieces = b"".join(_frame({"id": 1, "stream": 0}, bytes(1 << 20)) for _ in range(30))
+    with pytest.raises(SandboxError, match="died during pack"):
+        await _box(Recording(pieces + _frame({"id": 1}))).get_tree("/x", max_bytes=1 << 20, max_files=1)
 
 
 async def test_a_box_that_dies_without_agent_code_is_our_failure() -> None:

@@ -14,6 +14,7 @@ from palaestra.errors import ConfigError, SandboxError, TaskError
 from palaestra.sandboxes._cgroups import MemoryCgroups
 from palaestra.sandboxes.browser import BrowserConfig, BrowserPool, Resource, Site, TabError, find_chromium
 from palaestra.sandboxes.browser._site import Serve
+from tests.conftest import require
 from tests.sandboxes.hostview import eventually
 from tests.sandboxes.pages import HTML, PAGE, require_chromium, site_of
 
@@ -181,8 +182,7 @@ async def test_pool_says_when_it_cannot_limit_memory(monkeypatch: pytest.MonkeyP
 
 
 async def test_pool_in_a_cgroup_says_so_and_has_all_its_processes_there(pool: BrowserPool) -> None:
-    if not pool.limits_memory:
-        pytest.skip("no memory cgroup on this machine, and the pool says so")
+    require("bwrap", None if pool.limits_memory else "no memory cgroup, and the pool says so")
     [own] = [
         line for line in Path(f"/proc/{pool.pid}/cgroup").read_text().splitlines() if "memory" in line or "0::" in line
     ][:1]
@@ -199,3 +199,5 @@ def test_missing_chromium_says_what_to_install(tmp_path: Path) -> None:
         find_chromium({"PATH": str(tmp_path)})
     with pytest.raises(ConfigError, match="not an executable"):
         find_chromium({"PALAESTRA_CHROMIUM": str(tmp_path / "nothing")})
+    with pytest.raises(ConfigError, match="not an executable file"):
+        find_chromium({"PALAESTRA_CHROMIUM": str(tmp_path)})

@@ -89,3 +89,25 @@ async def test_a_name_that_is_no_text_is_an_os_error_and_the_box_lives(box: Sand
     with pytest.raises(OSError, match="no text"):
         await box.read_file("/workspace/\ud800")
     assert (await box.exec(["true"])).is_ok
+
+
+async def test_what_the_kernel_makes_up_is_read_as_it_is_or_refused(box: Sandbox) -> None:
+    listing = await box.exec(
+        ["sh", "-c", "cat /sys/class/net/lo/mtu; cat /sys/class/net/lo/speed >/dev/null 2>&1; echo $?"]
+    )
+    if listing.stdout.endswith(b"\n1\n"):  # there is a /sys, and a file in it that cannot be read
+        assert await box.read_file("/sys/class/net/lo/mtu") == listing.stdout.partition(b"\n")[0] + b"\n"
+        with pytest.raises(OSError, match=r"\w"):
+            await box.read_file("/sys/class/net/lo/speed")
+    else:
+        with pytest.raises(FileNotFoundError):
+            await box.read_file("/sys/class/net/lo/mtu")
+    assert (await box.exec(["true"])).is_ok
+
+
+async def test_a_file_is_read_whole_whatever_its_size(box: Sandbox) -> None:
+    for size in ((1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20):
+        data = bytes(range(251)) * (size // 251 + 1)
+        await box.write_file("/workspace/f", data[:size])
+        assert await box.read_file("/workspace/f", max_bytes=size) == data[:size]
+        assert await box.read_file("/workspace/f", offset=7, max_bytes=size) == data[7:size]

@@ -210,3 +210,47 @@ async def test_inodes_are_limited(backend: SandboxBackend, box: Sandbox) -> None
         pytest.skip("podman cannot limit them; the abuse suite shows that it does not claim to")
     code = "try:\n    for n in range(200_000): open(f'/tmp/{n}', 'w').close()\nexcept OSError as e: print(e.errno)"
     assert (await box.run_python(code)).stdout == b"28\n"
+
+
+_UNNAMED = """
+import ctypes, errno, platform, socket
+libc = ctypes.CDLL(None, use_errno=True)
+column = ("x86_64", "aarch64").index(platform.machine())
+def call(numbers, *arguments):
+    result = libc.syscall(numbers[column], *arguments)
+    return errno.errorcode[ctypes.get_errno()] if result == -1 else result
+print(call((29, 194), 0, 1 << 20, 0o1600))
+print(call((68, 186), 0, 0o1600))
+print(call((64, 190), 0, 1, 0o1600))
+print(call((240, 180), b"queue", 0o102, 0o600, None))
+print(call((294, 26), 0))
+print(call((141, 140), 2, 0, 19))
+for family in (16, 40):
+    try:
+        socket.socketpair(family)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+
+
+async def test_nothing_outlives_an_execution_but_files(box: Sandbox) -> None:
+    result = await box.run_python(_UNNAMED)
+    denied = ["EPERM"] * 4 + ["ENOSYS", "EPERM"] + ["EAFNOSUPPORT"] * 2
+    assert result.stdout.decode().split() == denied, result
+
+
+async def test_multiprocessing_works_without_them(box: Sandbox) -> None:
+    code = """
+from multiprocessing import Lock, Pool, shared_memory
+def double(number):
+    return 2 * number
+if __name__ == "__main__":
+    memory = shared_memory.SharedMemory(create=True, size=100)
+    with Lock(), Pool(2) as pool:
+        print(sum(pool.map(double, range(10))))
+    memory.close()
+    memory.unlink()
+"""
+    await box.write_file("/workspace/pool.py", code.encode())
+    result = await box.exec(["python3", "pool.py"])
+    assert result.stdout == b"90\n", result

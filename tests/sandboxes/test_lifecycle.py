@@ -237,13 +237,18 @@ async def test_what_a_killed_guard_left_is_swept_at_the_next_start(backend_name:
     if backend_name != "jail" or not (backend := await _cgroup_jail()):
         pytest.skip("only a jail with cgroups has a guard")
     folder = Path(traces_of(os.getpid())[0])
-    orphan = folder.with_name("palaestra-4194305-dead")  # above the kernel's largest pid
-    (orphan / "box0").mkdir(parents=True)
+    _, _, start, namespace, _ = folder.name.split("-")
+    orphan = folder.with_name(f"palaestra-4194305-{start}-{namespace}-00")  # above the kernel's largest pid
+    strange = folder.with_name(f"palaestra-4194305-{start}-1-00")  # of another PID namespace, where it may live
+    for each in (orphan / "box0", strange):
+        each.mkdir(parents=True)
     await backend.aclose()
     other = await open_backend("jail")
     await other.create(SandboxSpec())
     await other.aclose()
     assert not orphan.exists()
+    assert strange.exists()
+    strange.rmdir()
 
 
 async def test_a_dead_zygote_is_an_infrastructure_error_and_is_replaced(backend: SandboxBackend) -> None:

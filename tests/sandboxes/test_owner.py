@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,64 @@ def test_a_process_that_ended_is_dead_and_this_one_is_not() -> None:
     ended = _run(sys.executable, "-c", _TELL)
     assert is_dead(ended)
     assert not is_dead(this_owner())
+
+
+def test_a_process_that_nobody_waited_for_is_dead() -> None:
+    command = [sys.executable, "-c", f"{_TELL}; import sys; sys.stdout.flush(); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        owner = process.stdout.readline().decode().strip()
+        assert not is_dead(owner)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie
+        assert is_dead(owner)
+
+
+def test_a_process_whose_first_thread_alone_has_ended_is_alive() -> None:
+    code = """
+import ctypes, threading, time
+from palaestra.sandboxes._owner import this_owner
+print(this_owner(), flush=True)
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        owner = process.stdout.readline().decode().strip()
+        stat = Path(f"/proc/{process.pid}/stat")
+        try:
+            deadline = time.monotonic() + 10
+            while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.monotonic() < deadline
+            assert not is_dead(owner)
+        finally:
+            process.kill()
+
+
+def test_a_living_owner_is_not_dead_to_one_who_has_no_descriptor_left() -> None:
+    code = """
+import os, resource, sys
+from palaestra.sandboxes._owner import is_dead, this_owner
+known = sys.argv[1] == "warm" and this_owner()
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+try:
+    this_owner()
+    told = "told"
+except OSError:
+    told = "untold"
+dead = is_dead(sys.argv[2])
+for fd in held:
+    os.close(fd)
+print(told, dead)
+"""
+    for state in ("warm", "cold"):
+        assert _run(sys.executable, "-c", code, state, this_owner()) == "untold False"
 
 
 def test_another_process_with_the_same_number_is_another_owner() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,93 @@ async def test_a_lease_has_a_deadline(backend: SandboxBackend) -> None:
         with pytest.raises(SandboxError, match=r"no sandbox within 0.1 s; 1 in the making"):
             async with pool.lease():
                 pass
+
+
+class Box:
+    """Only what a pool does to a box."""
+
+    id = "box"
+
+    def __init__(self) -> None:
+        self.has_expired = False
+        self.cannot_close = False
+        self.is_closed = False
+
+    async def renew(self) -> None:
+        if self.has_expired:
+            raise SandboxError("its lifetime is over")
+
+    async def aclose(self) -> None:
+        if self.cannot_close:
+            raise SandboxError("the daemon is gone")
+        self.is_closed = True
+
+
+class BoxMaker:
+    """Makes such boxes at once, or never, and then fails to undo what it began."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.hangs = hangs
+        self.made: list[Box] = []
+
+    async def create(self, _: SandboxSpec) -> Any:
+        if self.hangs:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise SandboxError("container could not be removed")
+        self.made.append(Box())
+        return self.made[-1]
+
+
+async def test_a_pool_closes_though_a_creation_that_it_cancels_ends_in_an_error() -> None:
+    pool = SandboxPool(BoxMaker(hangs=True), SandboxSpec(), 2, wait_s=0.05)
+    with pytest.raises(SandboxError, match="no sandbox within"):
+        async with pool.lease():
+            pass
+    async with asyncio.timeout(5):
+        await pool.aclose()
+
+
+async def test_a_lease_that_waits_when_the_pool_closes_is_told() -> None:
+    pool = SandboxPool(BoxMaker(hangs=True), SandboxSpec(), 1)
+
+    async def wait() -> None:
+        async with pool.lease():
+            pass
+
+    waiting = asyncio.ensure_future(wait())
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        await pool.aclose()
+        with pytest.raises(SandboxError, match="pool is closed"):
+            await waiting
+
+
+async def test_a_box_that_cannot_be_closed_leaves_no_other_open() -> None:
+    maker = BoxMaker()
+    pool = SandboxPool(maker, SandboxSpec(), 4)
+    async with pool.lease():
+        pass
+    assert await eventually(lambda: pool.num_ready == 4)
+    maker.made[2].cannot_close = True
+    with pytest.raises(SandboxError, match="the daemon is gone"):
+        await pool.aclose()
+    assert [box.is_closed for box in maker.made] == [True, True, False, True, True]
+
+
+async def test_an_idle_pool_whose_boxes_all_expired_still_serves() -> None:
+    maker = BoxMaker()
+    async with SandboxPool(maker, SandboxSpec(), 16) as pool:
+        async with pool.lease():
+            pass
+        assert await eventually(lambda: pool.num_ready == 16)
+        old = maker.made[1:]
+        for box in old:
+            box.has_expired = True
+        async with pool.lease() as fresh:
+            assert id(fresh) not in {id(box) for box in old}
+        assert all(box.is_closed for box in old)
 
 
 async def test_a_cancelled_lease_closes_its_box(backend: SandboxBackend) -> None:

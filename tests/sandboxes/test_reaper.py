@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from palaestra.sandboxes import _reaper, _records, _subprocess
+from palaestra.sandboxes import _reaper, _records
 from palaestra.sandboxes._owner import owner_of
 from palaestra.sandboxes.leases import Record, list_leases, reap
 from tests.conformance.abuse.scene import sleeper
@@ -26,6 +26,7 @@ from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.hostview import Ground, eventually, marker, processes_with, traces_of
 from tests.sandboxes.remote_server import start_python
 
+_UNSAFE = "palaestra-unsafe-"
 _PALAESTRA = Path(sys.executable).with_name("palaestra")
 _OWNER = """
 import asyncio, sys
@@ -45,7 +46,6 @@ asyncio.run(main())
 def listed() -> Iterator[Path]:
     """A list of leases, and a temporary folder, of this test's own."""
     with tempfile.TemporaryDirectory(prefix="palaestra-reaper-") as name, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", name)
         patch.setenv("TMPDIR", name)
         patch.setattr(tempfile, "tempdir", name)
         patch.setenv("CONTAINER_HOST", os.environ.get("CONTAINER_HOST", "unix:///run/podman/podman.sock"))
@@ -104,7 +104,7 @@ async def test_boxes_of_a_living_owner_stay_and_those_of_a_dead_one_go(name: str
     if name == "subprocess":  # which isolates nothing: what it ran goes on, and is ours to end
         for pid in processes_with(f"sleep\0{asleep}"):
             os.kill(pid, signal.SIGKILL)
-        assert list(Path(tempfile.gettempdir()).glob(f"{_subprocess.PREFIX}*")) == []
+        assert list(Path(tempfile.gettempdir()).glob(f"{_UNSAFE}*")) == []
     assert await eventually(lambda: not processes_with(f"sleep\0{asleep}"))
     assert await eventually(lambda: traces_of(owner.pid) == [] and ground.left() == [])
 
@@ -151,9 +151,9 @@ async def test_what_cannot_be_ended_stays_listed_with_an_error(listed: Path, mon
 
 
 async def test_a_cgroup_and_a_folder_of_a_dead_owner_go_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=_subprocess.PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix=_UNSAFE))
     (folder / ".owner").write_text(_dead_owner())
-    ours = Path(tempfile.mkdtemp(prefix=_subprocess.PREFIX))
+    ours = Path(tempfile.mkdtemp(prefix=_UNSAFE))
     (ours / ".owner").write_text(owner_of(os.getpid()))
     cleared = {one.what for one in reap()}
     assert f"folder {folder}" in cleared
@@ -162,8 +162,9 @@ async def test_a_cgroup_and_a_folder_of_a_dead_owner_go_without_a_record(monkeyp
     parent = Path("/sys/fs/cgroup/memory")
     if not os.access(parent, os.W_OK):
         return
-    orphan = parent / "palaestra-4194305-dead"  # above the kernel's largest pid
-    living = parent / f"palaestra-{os.getpid()}-living"
+    _, pid, start, namespace = owner_of(os.getpid()).split(":")
+    orphan = parent / f"palaestra-4194305-{start}-{namespace}-00"  # above the kernel's largest pid
+    living = parent / f"palaestra-{pid}-{start}-{namespace}-00"
     try:
         (orphan / "box0").mkdir(parents=True)
         living.mkdir()
@@ -264,7 +265,7 @@ def test_doctor_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(variable, f"unix://{empty}/socket")
         without = _run("doctor", "--json")
         shown = _run("doctor")
-    assert (without.returncode, shown.returncode) == (1, 1)
+    assert (without.returncode, shown.returncode) == (2, 2)
     said = json.loads(without.stdout)
     assert (said["can_isolate"], said["backends"]) == (False, {})
     assert set(said["unavailable"]) == {"jail", "docker", "podman"}

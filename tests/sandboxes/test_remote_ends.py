@@ -7,17 +7,19 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 
 import httpx
 import pytest
 
 from palaestra.errors import ConfigError, SandboxError
-from palaestra.sandboxes import SandboxSpec, _remote_http
-from palaestra.sandboxes._frames import CLIENT_HEADER, TOKEN_VARIABLE
+from palaestra.sandboxes import SandboxSpec, _remote_http, open_backend
+from palaestra.sandboxes._frames import CLIENT_HEADER, PROTOCOL, TOKEN_VARIABLE
 from palaestra.sandboxes._remote import RemoteBackend
 from palaestra.sandboxes._remote_http import Connection
 from palaestra.sandboxes.server import serve
+from palaestra.sandboxes.server._leases import Leases
 from tests.sandboxes.hostview import eventually, marker, processes_with, traces_of
 from tests.sandboxes.remote_server import Server, running_server, start_python
 
@@ -29,6 +31,7 @@ from palaestra.sandboxes import SandboxSpec, open_backend
 async def main():
     backend = await open_backend(sys.argv[1])
     boxes = [await backend.create(SandboxSpec()) for _ in range(2)]
+    await boxes[1].exec(["true"])
     print("ready", flush=True)
     if sys.argv[2] == "idle":
         await asyncio.Event().wait()
@@ -43,25 +46,100 @@ def _needs_jails(server: Server) -> None:
     """A machine that cannot make jails skips these."""
 
 
-async def test_boxes_of_a_killed_client_end_with_the_lease() -> None:
+async def test_boxes_of_a_client_that_fell_silent_end_with_the_lease() -> None:
     lease_s = 2.0
     with running_server(lease_s=lease_s) as server, start_python(_CLIENT, server.url, "idle") as client:
         assert client.stdout is not None
         assert client.stdout.readline() == b"ready\n"
         await asyncio.sleep(2 * lease_s)
         assert len(server.boxes()) == 2  # a living client keeps them
-        client.send_signal(signal.SIGKILL)
-        assert await eventually(lambda: not server.boxes(), timeout_s=lease_s + 2)
+        client.send_signal(signal.SIGSTOP)  # its connections stay open, as with a network that went away
+        try:
+            assert await eventually(lambda: not server.boxes(), timeout_s=lease_s + 2)
+        finally:
+            client.kill()
 
 
-async def test_what_a_killed_client_was_running_ends_at_once(server: Server) -> None:
+async def test_nothing_of_a_killed_client_is_left_after_two_seconds(server: Server) -> None:
     name = marker()
     held = len(server.boxes())
     with start_python(_CLIENT, server.url, name) as client:
         assert await eventually(lambda: len(processes_with(f"sleep\0{name}")) >= 2, timeout_s=30)
+        assert len(server.boxes()) == held + 2
         client.send_signal(signal.SIGKILL)
-        assert await eventually(lambda: not processes_with(name))
-        assert await eventually(lambda: len(server.boxes()) == held + 1)  # the idle one waits for the lease
+        killed_s = time.monotonic()
+        assert await eventually(lambda: not processes_with(name) and len(server.boxes()) == held)
+        assert time.monotonic() - killed_s < 2
+
+
+async def test_a_connection_that_breaks_and_is_made_anew_costs_no_box() -> None:
+    async with await open_backend("jail") as backend, Leases(lease_s=60.0) as leases:
+        box = await backend.create(SandboxSpec())
+        held = leases.add("client", box)
+        _break_a_hold(leases)
+        await asyncio.sleep(0.5)
+        with suppress(ConnectionError), leases.hold("client"):
+            await asyncio.sleep(2)
+            assert leases.get("client", held.key) is held
+            assert (await box.exec(["true"])).is_ok
+            raise ConnectionError
+        await asyncio.sleep(1.9)
+        with pytest.raises(SandboxError, match="does not hold"):
+            leases.get("client", held.key)
+
+
+async def test_a_hold_that_lasted_its_time_or_a_client_that_is_heard_costs_no_box() -> None:
+    async with await open_backend("jail") as backend, Leases(lease_s=60.0) as leases:
+        held = leases.add("client", await backend.create(SandboxSpec()))
+        with leases.hold("client"):
+            pass
+        await asyncio.sleep(2)
+        assert leases.get("client", held.key) is held
+        _break_a_hold(leases)
+        await asyncio.sleep(0.1)
+        assert leases.heard("client")
+        await asyncio.sleep(2)
+        assert leases.get("client", held.key) is held
+
+
+async def test_a_server_that_stood_still_hears_its_clients_before_it_judges_them() -> None:
+    async with await open_backend("jail") as backend, Leases(lease_s=60.0) as leases:
+        held = leases.add("client", await backend.create(SandboxSpec()))
+        _break_a_hold(leases)
+        await asyncio.sleep(0.1)
+        time.sleep(1.5)  # noqa: ASYNC251 - the loop stands still, and what the client sent meanwhile waits
+        asyncio.get_running_loop().call_later(0.1, leases.heard, "client")
+        await asyncio.sleep(1)
+        assert leases.get("client", held.key) is held
+
+
+async def test_a_client_takes_its_hold_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_s: list[float] = []
+
+    async def call(_: Connection, op: str, *__: object, **___: object) -> tuple[dict[str, object], bytes]:
+        if op == "hold":
+            held_s.append(time.monotonic())
+            await asyncio.sleep(0.6 if len(held_s) == 1 else 0)
+            raise SandboxError("broken")
+        return {"protocol": PROTOCOL, "queue_s": 1.0, "lease_s": 60.0, "capabilities": []}, b""
+
+    monkeypatch.setattr(Connection, "call", call)
+    async with RemoteBackend("http://127.0.0.1:9") as backend:
+        await backend.capabilities()
+        await asyncio.sleep(1.8)
+    gaps_s = [later - sooner for sooner, later in pairwise(held_s)]
+    assert gaps_s[0] < 0.8, "it held, broke, and was taken again at once"
+    assert 0.5 <= gaps_s[1] < 0.8, "then it waits a little"
+
+
+async def test_a_client_that_stands_still_as_its_hold_runs_out_keeps_its_boxes() -> None:
+    with running_server(before="import palaestra.sandboxes._frames as F; F.HOLD_S = 0.6\n") as server:
+        backend = RemoteBackend(server.url)
+        box = await backend.create(SandboxSpec())
+        await asyncio.sleep(0.5)
+        time.sleep(2.2)  # noqa: ASYNC251 - far less than a lease
+        assert (await box.exec(["true"])).is_ok
+        await backend.aclose()
 
 
 async def test_a_box_whose_creation_got_no_answer_ends_with_the_lease() -> None:
@@ -187,6 +265,18 @@ async def test_without_the_token_nothing_is_done(token: str, monkeypatch: pytest
             assert (await (await backend.create(SandboxSpec())).exec(["true"])).is_ok
 
 
+@pytest.mark.parametrize("token", ["short", "töken of sixteen characters", "line\nend-0123456789abc", f"{_TOKEN}\n"])
+async def test_a_token_that_no_header_carries_is_refused_and_not_told(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(ConfigError, match=f"{TOKEN_VARIABLE} must be at least 16 printable ASCII") as caught:
+        await open_backend("http://127.0.0.1:9")
+    assert token not in str(caught.value)
+    with pytest.raises(ConfigError, match="at least 16 printable ASCII"):
+        serve(token=token)
+
+
 async def test_a_web_page_of_the_same_machine_is_refused(server: Server) -> None:
     hello = f"{server.url}/v1/hello"
     client = {CLIENT_HEADER: "f" * 32}
@@ -254,6 +344,11 @@ def test_a_missing_package_and_a_taken_port_are_told_with_the_remedy(
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address of a sandbox server"):
         RemoteBackend(url)
+
+
+def _break_a_hold(leases: Leases) -> None:
+    with suppress(ConnectionError), leases.hold("client"):
+        raise ConnectionError
 
 
 @asynccontextmanager

@@ -6,17 +6,17 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from palaestra.cli._tables import PlainTable, visible
 
 if TYPE_CHECKING:
     from palaestra.sandboxes.doctor import Diagnosis
 
-_CANNOT_ISOLATE = 1
+_CANNOT_ISOLATE = 2
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Try every sandbox back end on this machine and say what it contains; exit code 1 when none isolates."""
+    """Try every sandbox back end on this machine and say what it contains; exit code 2 when none isolates."""
     from palaestra.sandboxes.doctor import diagnose
 
     diagnosis = diagnose()
@@ -36,30 +36,42 @@ def _to_json(diagnosis: Diagnosis) -> dict[str, object]:
             for each in diagnosis.machine
         ],
         "backends": {name: sorted(capabilities) for name, capabilities in diagnosis.backends.items()},
+        "remedies": {name: {what: how for what, how in _remedies(diagnosis, name)} for name in diagnosis.backends},
         "unavailable": diagnosis.unavailable,
     }
+
+
+def _remedies(diagnosis: Diagnosis, name: str) -> list[tuple[str, str]]:
+    """What a back end lacks, each with what helps."""
+    from palaestra.sandboxes import Capability
+    from palaestra.sandboxes.doctor import remedy_for
+
+    missing = [capability for capability in Capability if capability not in diagnosis.backends[name]]
+    return [(str(capability), remedy_for(name, capability, diagnosis.backends)) for capability in missing]
 
 
 def _show(diagnosis: Diagnosis) -> None:
     from palaestra.sandboxes import Capability
 
-    console = Console()
-    machine = Table("machine", "", "what was seen")
+    machine = PlainTable("machine", "", "what was seen")
     for finding in diagnosis.machine:
         detail = f"{finding.detail}; {finding.remedy}" if finding.remedy else finding.detail
         machine.add_row(finding.part, _mark(finding.is_ok), detail)
-    console.print(machine)
+    machine.show()
     names = list(diagnosis.backends)
     if names:
-        contains = Table("contained or offered", *names)
+        contains = PlainTable("contained or offered", *names)
         for capability in Capability:
             marks = [_mark(capability in diagnosis.backends[name]) for name in names]
             contains.add_row(capability.replace("_", " "), *marks)
-        console.print(contains)
+        contains.show()
+        for name in names:
+            for what, how in _remedies(diagnosis, name):
+                typer.echo(f"{name}, no {what.replace('_', ' ')}: {how}")
     for name, reason in diagnosis.unavailable.items():
-        console.print(f"no {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        typer.echo(visible(f"no {name}: {reason}"))
     if not diagnosis.can_isolate:
-        console.print("nothing here contains code that nobody vouches for", markup=False)
+        typer.echo("nothing here contains code that nobody vouches for")
 
 
 def _mark(is_ok: bool) -> str:

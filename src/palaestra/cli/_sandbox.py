@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from palaestra.cli._tables import PlainTable, visible
 
 app = typer.Typer(name="sandbox", no_args_is_help=True, help="Sandboxes on this machine: list, reap, bench, serve.")
-_FAILED = 1
+_FAILED, _MENDABLE = 1, 2
+_BENCHED = ("jail", "docker", "podman")
 
 
 @app.command("list")
@@ -29,17 +31,15 @@ def list_sandboxes(as_json: Annotated[bool, typer.Option("--json", help="Print J
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("sandbox", "back end", "owner", "run", "age", "left", box=None)
-    table.columns[0].no_wrap = True
+    table = PlainTable("sandbox", "back end", "owner", "run", "age", "left", has_box=False)
     for lease in leases:
         owner = f"{lease.owner_pid}, gone" if lease.is_orphan else str(lease.owner_pid)
         age, left = _span(now_s - lease.began_s), _span(lease.left_s(now_s))
         table.add_row(lease.id, lease.backend, owner, lease.label, age, left)
-    console = Console()
-    console.print(table)
+    table.show()
     num_orphans = sum(lease.is_orphan for lease in leases)
     if num_orphans:
-        console.print(f"{num_orphans} without an owner: `palaestra sandbox reap` clears them", markup=False)
+        typer.echo(f"{num_orphans} without an owner: `palaestra sandbox reap` clears them")
 
 
 @app.command("reap")
@@ -52,7 +52,8 @@ def reap_sandboxes(as_json: Annotated[bool, typer.Option("--json", help="Print J
         typer.echo(json.dumps([asdict(each) for each in cleared], indent=2))
     else:
         for each in cleared:
-            typer.echo(f"{each.what}: {each.why}" + (f"; NOT cleared: {each.error}" if each.error else "; cleared"))
+            outcome = f"NOT cleared: {each.error}" if each.error else "cleared"
+            typer.echo(visible(f"{each.what}: {each.why}; {outcome}"))
         if not cleared:
             typer.echo("nothing to clear")
     if any(each.error for each in cleared):
@@ -69,22 +70,35 @@ def bench(
 ) -> None:
     """Measure latency and throughput of sandboxes on this machine, at concurrency 1, 4 and 16."""
     from palaestra.cli._options import interruptible
-    from palaestra.sandboxes import check_backend
-    from palaestra.sandboxes.bench import measure
+    from palaestra.sandboxes.bench import allow_open_files, measure
 
-    names = backend or [name for name in ("jail", "docker", "podman") if check_backend(name) is None]
+    allow_open_files()
     figures = []
     with interruptible("nothing was kept"):
-        for name in names:
+        for name in backend or _usable(_BENCHED):
             figures += asyncio.run(measure(name, repeats=repeats))
     if as_json:
         typer.echo(json.dumps([asdict(figure) for figure in figures], indent=2))
+    if not figures:
+        raise typer.Exit(_MENDABLE)
+    if as_json:
         return
-    table = Table("back end", "what", "concurrency", "median", "90 %", "a second")
+    table = PlainTable("back end", "what", "concurrency", "median", "90 %", "a second")
     for figure in figures:
         latency = (f"{figure.median_ms:.1f} ms", f"{figure.p90_ms:.1f} ms")
         table.add_row(figure.backend, figure.what, str(figure.concurrency), *latency, f"{figure.per_s:.1f}")
-    Console().print(table)
+    table.show()
+
+
+def _usable(names: tuple[str, ...]) -> list[str]:
+    """The back ends that run here; why the others do not is told on the error stream."""
+    from palaestra.sandboxes import check_backend
+
+    reasons = {name: check_backend(name) for name in names}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"palaestra: no {name}: {reason}", file=sys.stderr, flush=True)
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 @app.command("serve")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from palaestra.sandboxes import Admission, Capability, SandboxBackend, SandboxSpec, _records, _subprocess, open_backend
+from palaestra.sandboxes import Admission, Capability, SandboxBackend, SandboxSpec, _records, open_backend
 from palaestra.sandboxes.leases import reap
 from tests.conformance.abuse.scene import CLOSE_S, Scene, attempt
 from tests.sandboxes.hostview import Ground, children_of, eventually, mounts, processes_with, traces_of
@@ -125,7 +125,7 @@ class _Counts:
 
 def _unsafe_folders() -> list[Path]:
     """The files that tell whose a folder of the back end without isolation is."""
-    return list(Path(tempfile.gettempdir()).glob(f"{_subprocess.PREFIX}*/.owner"))
+    return list(Path(tempfile.gettempdir()).glob("palaestra-unsafe-*/.owner"))
 
 
 async def _at_once(width: int, count: int, live: Callable[[], Awaitable[None]], until_s: float = 0.0) -> int:

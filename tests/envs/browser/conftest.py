@@ -7,19 +7,14 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from palaestra.errors import ConfigError
 from palaestra.resources import Resources
-from palaestra.sandboxes.browser import find_chromium
-from tests.conftest import require
+from tests.sandboxes.pages import require_chromium
 
 
 @pytest.fixture(scope="session")
 def chromium() -> None:
     """Skips, or fails, when there is no Chromium."""
-    try:
-        find_chromium()
-    except ConfigError as error:
-        require("chromium", str(error))
+    require_chromium()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

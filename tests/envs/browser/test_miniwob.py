@@ -18,6 +18,7 @@ from palaestra.resources import Resources
 from palaestra.sandboxes.browser import BrowserConfig
 from palaestra.types import Form, Message
 from tests.envs.browser.players import Played, call, play_expert, play_fixed, play_sloppy, task_of
+from tests.sandboxes.hostview import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -163,8 +164,10 @@ async def test_killed_browser_is_an_error_and_the_next_episode_has_another(chrom
         env = MiniWoB(form="compact", resources=resources, browser=BrowserConfig(max_tabs=2))
         other = MiniWoB(form="compact", resources=resources, browser=BrowserConfig(max_tabs=2))
         await env.areset(options={"task": task_of("login-user", 3)})
-        killed = (await _shelf_of(env)).pool.pid
+        pool = (await _shelf_of(env)).pool
+        killed = pool.pid
         os.kill(killed, signal.SIGKILL)
+        assert await eventually(lambda: killed not in pool.pids)  # until it is known it may still answer once
         with pytest.raises(SandboxError):
             await env.astep(call("click", ref=1))
         for survivor in (env, other):

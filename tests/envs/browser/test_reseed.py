@@ -6,6 +6,7 @@ what the pages' own scripts leave behind: everything that a script can find is c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,9 @@ _KINDS = {"textbox": "type", "searchbox": "type", "combobox": "select", "listbox
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool(chromium: None) -> AsyncIterator[BrowserPool]:
-    pool = await BrowserPool.start(stage_site(PAGES), BrowserConfig(num_ready=2))
+    pool = await BrowserPool.start(
+        stage_site(PAGES), BrowserConfig(num_ready=2, frames_on_request=True)
+    )  # as MiniWoB's is
     yield pool
     await pool.aclose()
 
@@ -106,6 +109,7 @@ async def test_not_even_marks_that_no_agent_can_make_survive(pool: BrowserPool) 
     await pool.release(tab)
     assert "leak" not in str(reply)
     assert left[:2] == ["undefined", "undefined"]
+    assert left[2] is None
     assert left[3] == 0
     assert "leak" not in str(left)
 
@@ -125,5 +129,32 @@ async def test_shelf_bounds_reuses_and_wears_out_its_tabs(chromium: None) -> Non
         assert shelf.num_used == shelf.pool.num_leased == await shelf.pool.num_contexts() == 0
         assert await shelf.take() not in (first, second)
         assert shelf.num_used == 1
+    finally:
+        await shelf.aclose()
+
+
+async def test_shelf_ends_the_lease_of_a_tab_that_comes_back_after_it_closed(chromium: None) -> None:
+    config = BrowserConfig(max_tabs=1, num_ready=0)
+    shelf = TabShelf(await BrowserPool.start(stage_site(["login-user"]), config), config)
+    tab = await shelf.take()
+    await shelf.aclose()
+    await shelf.give_back(tab)
+    assert shelf.num_used == shelf.pool.num_leased == 0
+    with pytest.raises(SandboxError, match="closed"):
+        await shelf.take()
+
+
+async def test_shelf_gives_each_episode_a_lifetime_of_its_own(chromium: None) -> None:
+    config = BrowserConfig(max_tabs=1, num_ready=0, lifetime_s=3.0, load_timeout_s=2.0, call_timeout_s=2.0)
+    shelf = TabShelf(await BrowserPool.start(stage_site(["login-user"]), config), config)
+    try:
+        first = await shelf.take()
+        for _ in range(2):
+            await asyncio.sleep(2.0)
+            await shelf.give_back(first)
+            assert await shelf.take() is first
+        await asyncio.sleep(3.5)
+        await shelf.give_back(first)  # over
+        assert await shelf.take() is not first
     finally:
         await shelf.aclose()
