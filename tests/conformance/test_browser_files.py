@@ -7,6 +7,7 @@ filter on requests taken away.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def _chromium() -> None:
 @pytest.fixture
 def planted() -> Iterator[Path]:
     """A file that anybody on the host may read, in a folder that anybody may enter."""
-    path = Path("/var/tmp/palaestra-planted.txt")
+    path = Path(f"/var/tmp/palaestra-planted-{os.getpid()}.txt")
     path.write_text(_SECRET)
     path.chmod(0o644)
     yield path

@@ -41,10 +41,8 @@ from tests.sandboxes.remote_server import running_server
 
 _THEMES = (filesystem, names, archives, amounts, endings, reach, output, network, kernel, grading, lifecycle, hosts)
 ALL = [ATTEMPTS[number] for number in sorted(ATTEMPTS)]
-_OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (5, 6), "remote": (57,)}
+_OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (6,), "remote": (57,)}
 """What a back end does not contain even where the machine has all it needs; the remote one serves jails."""
-_MORE: dict[str, tuple[int, ...]] = {"podman": (21,)}
-"""What it contains although another attempt keeps it from claiming the capability."""
 _LOOK = "import os; print([os.listdir(place) for place in ('/workspace', '/tmp', '/dev/shm')])"
 
 
@@ -121,8 +119,7 @@ async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
     await yard.look()
     assert processes_with(scene.marker) == []
     is_claimed = attempt.capability is None or attempt.capability in yard.capabilities
-    should_be = is_claimed or attempt.number in _MORE.get(yard.backend.name, ())
-    assert is_contained == should_be, f"contained: {is_contained}, claimed by {attempt.capability}: {is_claimed}"
+    assert is_contained == is_claimed, f"contained: {is_contained}, claimed by {attempt.capability}: {is_claimed}"
     if BACKENDS[yard.backend.name] in os.environ.get("PALAESTRA_REQUIRE", "").split(","):
         assert is_contained == (attempt.number not in _OPEN.get(yard.backend.name, ()))
 
