@@ -7,7 +7,8 @@ Covers: host files, processes and network, memory, processes and disk of the con
 log is kept). The server is pid 1 itself, not below an init: it reaps, and pid 1 is out of the agent's reach.
 Does not cover: bugs in the kernel or in the engine; CPU time shared between boxes; locks on files of the image, where
 the engine's storage gives all containers the same files; a daemon behind TLS; a shortage of the host's own memory that
-takes a container's first process: the engine tells both kinds of shortage alike.
+takes a container's first process: the engine tells both kinds of shortage alike; the paths of the engine's storage,
+which `/proc/self/mountinfo` shows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Temporary folders with an owner, so that what a killed process left is found and removed.
 
-Invariant: a folder is an orphan only when it is this user's and the owner that it names is dead, or when its maker
-died before it could write a name, which takes no minute.
+Invariant: a folder is an orphan only when it is this user's and the owner that it names is dead; its own name says
+whose it is until it has a file that tells the boot too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from palaestra.sandboxes._owner import is_dead, this_owner
 
 _PREFIXES = ("palaestra-unsafe-", "palaestra-probe-", "palaestra-browser-")
 _OWNER_FILE = ".owner"
-_NAMELESS_S = 60.0
 _REMOVE_S = 30.0
 
 
@@ -30,7 +28,8 @@ def make_folder(kind: str) -> Path:
     prefix = f"palaestra-{kind}-"
     assert prefix in _PREFIXES, "what is not listed is not found again"
     try:
-        folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+        named = "-".join(this_owner().split(":")[1:])
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{named}-")).resolve()
         try:
             (folder / _OWNER_FILE).write_text(this_owner())
         except BaseException:
@@ -65,7 +64,8 @@ def _is_orphan(folder: Path) -> bool:
         try:
             return is_dead((folder / _OWNER_FILE).read_text())
         except FileNotFoundError:
-            return not any(folder.iterdir()) and time.time() - folder.stat().st_mtime > _NAMELESS_S
+            boot_id = this_owner().partition(":")[0]
+            return not any(folder.iterdir()) and is_dead(":".join([boot_id, *folder.name.split("-")[2:5]]))
     return False
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,158 +21,12 @@ from typing import Protocol
 from palaestra.errors import PalaestraError, SandboxError
 from palaestra.sandboxes._folders import owned_folder
 from palaestra.sandboxes._limits import Capability, Limits, SandboxSpec
+from palaestra.sandboxes._probe_code import FETCH, FILL, FLOOD, FLOOD_FILES, FORKS, HOLD, LOCK, PLACES, PROCESSES, REACH
 from palaestra.sandboxes._protocol import Ended, ExecResult, Sandbox
 
-_PROCESSES = 12
-_FLOOD_FILES = 20_000
 _HOLD_S = 15.0
 _LOCK_TRIES = 5
-_SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=_PROCESSES, wall_s=20.0))
-
-_REACH = """
-import ctypes, json, os, socket, sys
-host = json.loads(sys.stdin.read())
-libc = ctypes.CDLL(None, use_errno=True)
-reached = {}
-def attempt(name, action):
-    try:
-        done = action()
-    except OSError:
-        done = False
-    reached[name] = bool(reached.get(name)) or done is not False
-def call(number, *arguments):
-    if libc.syscall(number, *arguments) == -1:
-        raise OSError(ctypes.get_errno(), "")
-def can_write(path):
-    os.close(os.open(path, os.O_WRONLY))
-def sees_process():
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if host["marker"].encode() in open(f"/proc/{entry}/cmdline", "rb").read():
-                    return True
-            except OSError:
-                pass
-    return False
-def field(name):
-    return open("/proc/self/status").read().partition(name + ":")[2].split()[0]
-def connect(address, family=socket.AF_INET, kind=socket.SOCK_STREAM):
-    with socket.socket(family, kind) as sock:
-        sock.settimeout(2)
-        sock.connect(address)
-attempt("host_files", lambda: open(host["secret"]).close())
-attempt("host_files", lambda: can_write("/etc/passwd"))
-attempt("host_files", lambda: can_write(json.__file__))
-attempt("host_processes", sees_process)
-for address in host["addresses"]:
-    attempt("network", lambda: connect((address, host["port"])))
-attempt("network", lambda: connect("\\0" + host["abstract"], socket.AF_UNIX))
-# addresses for documentation: nothing is sent, the kernel only tells whether it would know a way
-attempt("network", lambda: connect(("192.0.2.1", 9), kind=socket.SOCK_DGRAM))
-attempt("network", lambda: connect(("2001:db8::1", 9), socket.AF_INET6, socket.SOCK_DGRAM))
-attempt("kernel", lambda: int(field("CapBnd"), 16) > 0)
-attempt("kernel", lambda: field("NoNewPrivs") != "1")
-attempt("kernel", lambda: field("Seccomp") != "2")
-attempt("kernel", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close())
-if os.uname().machine == "x86_64":
-    attempt("kernel", lambda: call(272, 0x10000000))
-    attempt("kernel", lambda: call(250, 0, -3, 0))
-server = os.getppid()
-for path in ("environ", "mem", "fd/0", "fd/3"):
-    attempt("honest_answers", lambda: open(f"/proc/{server}/{path}", "rb").close())
-attempt("honest_answers", lambda: server != 1)
-print(json.dumps(reached))
-"""
-_FORKS = """
-import os, time
-count = 0
-try:
-    for count in range(3 * LIMIT):
-        if os.fork() == 0:
-            time.sleep(30)
-except OSError:
-    pass
-print(count)
-""".replace("LIMIT", str(_PROCESSES))
-_HOLD = """
-import os, time
-children = {}
-for _ in range(2):
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        data = bytearray(64 << 20)
-        os.write(writer, b"x")
-        time.sleep(30)
-    os.close(writer)
-    children[pid] = reader
-for reader in children.values():
-    os.read(reader, 1)
-# one may have been killed to make room for the other
-ends = [os.waitpid(pid, os.WNOHANG) for pid in children]
-print(sum(pid == 0 for pid, _ in ends), sum(pid != 0 and os.WIFSIGNALED(how) for pid, how in ends))
-"""
-_FILL = """
-import os
-sizes = []
-for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
-    names = [f"{place}/palaestra-filler-{os.getpid()}-{number}" for number in range(3)]
-    size = 0
-    try:
-        for name in names:
-            with open(name, "wb", buffering=0) as file:
-                for _ in range(4):
-                    size += file.write(bytes(1 << 20))
-    except OSError:
-        pass
-    for name in names:
-        if os.path.exists(name):
-            os.unlink(name)
-    sizes.append(size)
-print(max(sizes))
-"""
-_FLOOD = """
-import os
-counts = []
-for place in (".", "/tmp", "/var/tmp", "/run", "/dev/shm"):
-    names = [f"{place}/palaestra-flood-{os.getpid()}-{number}" for number in range(MOST)]
-    made = 0
-    try:
-        for name in names:
-            os.close(os.open(name, os.O_WRONLY | os.O_CREAT))
-            made += 1
-    except OSError:
-        pass
-    for name in names[:made]:
-        os.unlink(name)
-    counts.append(made)
-print(max(counts))
-""".replace("MOST", str(_FLOOD_FILES))
-_LOCK = """
-import fcntl, os, sys
-folder = os.path.dirname(os.__file__)
-names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
-fd = os.open(os.path.join(folder, names[int(sys.argv[1]) % len(names)]), os.O_RDONLY)
-try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
-    print("taken")
-else:
-    print("free", flush=True)
-    if sys.argv[2:] == ["hold"]:
-        import time
-        time.sleep(60)
-"""
-_FETCH = """
-import sys, urllib.error, urllib.request
-for url in sys.stdin.read().split():
-    try:
-        print(urllib.request.urlopen(url, timeout=10).status)
-    except urllib.error.HTTPError as error:
-        print(error.code)
-    except OSError as error:
-        print(0)
-"""
+_SPEC = SandboxSpec(limits=Limits(memory_mb=96, workspace_mb=8, file_mb=8, processes=PROCESSES, wall_s=20.0))
 
 
 class Maker(Protocol):
@@ -200,7 +55,7 @@ async def _probe_reach(backend: Maker) -> set[Capability]:
     async with _box(backend) as box:
         with _host_targets() as targets, _sleeper(outside):
             told = {**targets, "marker": outside}
-            result = _ran(await box.run_python(_REACH, stdin=json.dumps(told).encode()))
+            result = _ran(await box.run_python(REACH, stdin=json.dumps(told).encode()))
         contained = {Capability(name) for name, was_reached in json.loads(result.stdout).items() if not was_reached}
         _ran(await box.exec(["sh", "-c", f"setsid sleep {inside} & :"]))
         if not await asyncio.to_thread(_is_running, inside) and Capability.HONEST_ANSWERS in contained:
@@ -213,20 +68,31 @@ async def _probe_reach(backend: Maker) -> set[Capability]:
 async def _probe_amounts(backend: Maker) -> set[Capability]:
     """Each in a box of its own, since one that ran out of something may end."""
     attempts: tuple[tuple[Capability, str, Callable[[list[int]], bool]], ...] = (
-        (Capability.PROCESSES, _FORKS, lambda said: 0 < said[0] <= _PROCESSES),
-        (Capability.MEMORY, _HOLD, lambda said: said[0] < 2 and said[1] > 0),
-        (Capability.DISK, _FILL, lambda said: 0 < said[0] <= 8 << 20),
-        (Capability.INODES, _FLOOD, lambda said: 1000 < said[0] < _FLOOD_FILES),
+        (Capability.PROCESSES, FORKS, lambda said: 0 < said[0] <= PROCESSES),
+        (Capability.MEMORY, HOLD, lambda said: said[0] < 2 and said[1] > 0),
+        (Capability.DISK, FILL, lambda said: 0 < said[0] <= 8 << 20),
+        (Capability.INODES, FLOOD, lambda said: 1000 < said[0] < FLOOD_FILES),
     )
     found = set()
     for capability, code, is_contained in attempts:
-        async with _box(backend) as box:
-            result = await box.run_python(code)
+        async with _tidied() as name, _box(backend) as box:
+            result = await box.run_python(code, stdin=name.encode())
             said = [int(word) for word in result.stdout.split()]
             ran_out = capability is Capability.MEMORY and result.ended is Ended.OOM
             if ran_out or (said and is_contained(said)):
                 found.add(capability)
     return found
+
+
+@asynccontextmanager
+async def _tidied() -> AsyncIterator[str]:
+    """The name of folders that a box may fill; where nothing is isolated they are this host's, and are removed."""
+    name = f"palaestra-probe-{os.getpid()}-{os.urandom(6).hex()}"
+    try:
+        yield name
+    finally:
+        for place in PLACES:
+            await asyncio.to_thread(shutil.rmtree, Path(place, name), ignore_errors=True)
 
 
 async def _probe_sharing(backend: Maker) -> set[Capability]:
@@ -254,13 +120,13 @@ async def _sees_lock(box: Sandbox, twin: Sandbox) -> bool | None:
         said.append(piece)
         speaks.set()
 
-    holding = asyncio.ensure_future(box.exec(["python3", "-c", _LOCK, number, "hold"], on_output=hear, wall_s=_HOLD_S))
+    holding = asyncio.ensure_future(box.exec(["python3", "-c", LOCK, number, "hold"], on_output=hear, wall_s=_HOLD_S))
     waiting = asyncio.ensure_future(speaks.wait())
     try:
         await asyncio.wait([holding, waiting], return_when=asyncio.FIRST_COMPLETED)
         if b"".join(said) != b"free\n":
             return None
-        result = _ran(await twin.exec(["python3", "-c", _LOCK, number]))
+        result = _ran(await twin.exec(["python3", "-c", LOCK, number]))
         if holding.done() or result.stdout not in (b"free\n", b"taken\n"):
             return None
         return result.stdout == b"taken\n"
@@ -301,7 +167,7 @@ async def _reaches_only_allowed(backend: Maker) -> bool:
             async with _box(backend, spec) as box:
                 urls = "\n".join(f"http://127.0.0.1:{port}/" for port in ports)
                 environment = {"no_proxy": "", "NO_PROXY": ""}
-                result = await box.exec(["python3", "-c", _FETCH], stdin=urls.encode(), env=environment)
+                result = await box.exec(["python3", "-c", FETCH], stdin=urls.encode(), env=environment)
         except PalaestraError:
             return False
     return result.stdout == b"204\n403\n"

@@ -124,9 +124,9 @@ def _make_folder() -> Path:
 async def _start(folder: Path, spec: SandboxSpec) -> tuple[StreamIO, subprocess.Popen[bytes]]:
     config = server_config(spec, memory_per_process=True, nproc=False)
     config |= {"unsafe": True, "places": [str(folder / "workspace")]}
-    ours, theirs = socket.socketpair()
     command = [sys.executable, "-s", "-P", "-S", "-m", "palaestra.sandboxes._exec_server", json.dumps(config)]
     rootfs = await asyncio.to_thread(ensure_rootfs)  # for the server's files alone
+    ours, theirs = socket.socketpair()
     with theirs:
         try:
             process = _spawn(command, theirs, folder / "workspace", rootfs.path / "palaestra")
@@ -136,6 +136,7 @@ async def _start(folder: Path, spec: SandboxSpec) -> tuple[StreamIO, subprocess.
     try:
         return StreamIO(*await asyncio.open_connection(sock=ours)), process
     except BaseException:
+        ours.close()
         process.kill()
         process.wait()
         raise

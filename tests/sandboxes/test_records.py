@@ -165,12 +165,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_reap_removes_folders_of_the_dead_and_no_others(temporary: Path) -> None:
     orphan, living = make_folder("unsafe"), make_folder("probe")
     (orphan / ".owner").write_text(_dead_owner())
-    other, aged = temporary / "palaestra-unsafe-mine", temporary / "palaestra-probe-aged"
-    for folder in (other, aged, temporary / "palaestra-unsafe-fresh"):
+    nameless = "-".join(_dead_owner().split(":")[1:])  # its maker died before it could write into it
+    other, aged = temporary / "palaestra-unsafe-mine", temporary / f"palaestra-probe-{nameless}-x"
+    for folder in (other, aged, temporary / f"palaestra-unsafe-{living.name.partition('probe-')[2]}"):
         folder.mkdir()
     (other / "file").touch()
     (temporary / "palaestra-unsafe-link").symlink_to(orphan)
-    os.utime(aged, (time.time() - 100,) * 2)
     told = {each.what for each in reap() if each.what.startswith("folder")}
     assert told == {f"folder {orphan}", f"folder {aged}"}
     assert not orphan.exists()
