@@ -115,8 +115,11 @@ class Soak:
         while self.report.leases.total() < count and self._listen(_SILENT_S):
             if self.report.leases.total() > next_kill and self._alive:
                 next_kill += self._random.expovariate(1 / LEASES_PER_KILL)
-                self._random.choice(list(self._alive)).kill()
+                harness = self._random.choice(list(self._alive))
+                harness.kill()
                 self.report.num_harness_kills += 1
+                while harness in self._alive and self._listen(_SILENT_S):  # until another has taken its place
+                    pass
 
     def _end(self) -> None:
         self._is_over = True

@@ -69,6 +69,9 @@ def mounts() -> set[str]:
     return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
 
 
+_LOOKS, _LOOK_S = 6, 0.1
+
+
 class Ground:
     """The mounts and engines' cgroups of the machine as they were, to tell later what was left there."""
 
@@ -76,14 +79,22 @@ class Ground:
         self._before = _places()
 
     def left(self) -> list[str]:
-        """What came since and belongs to no container that is listed now."""
+        """What came since and belongs to no container that is listed; what is on its way only is not left."""
+        strays = self._strays()
+        for _ in range(_LOOKS):
+            if strays:  # others on this machine make and remove containers too, whose traces stay unlisted for a moment
+                time.sleep(_LOOK_S)
+                strays &= self._strays()
+        return sorted(strays)
+
+    def _strays(self) -> set[str]:
         known = containers()  # before and after, since one may come or go meanwhile
         places = _places() - self._before
         if not places:
-            return []
+            return set()
         known = list({one.id: one for one in [*known, *containers()]}.values())
         words = set[str]().union(*map(words_of, known))
-        return sorted(place for place in places if not any(word in place for word in words))
+        return {place for place in places if not any(word in place for word in words)}
 
 
 def _places() -> set[str]:

@@ -25,9 +25,15 @@ def _chromium() -> None:
     require_chromium()
 
 
-def _folders() -> set[Path]:
-    temporary = Path(tempfile.gettempdir())
-    return {folder for name in ("playwright*", "palaestra-browser-*") for folder in temporary.glob(name)}
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary folders of each test alone, which other workers do not fill."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def _folders() -> list[str]:
+    return [each.name for each in Path(tempfile.gettempdir()).iterdir() if "leases" not in each.name]
 
 
 def _limits(**changes: object) -> BrowserConfig:
@@ -98,7 +104,6 @@ async def test_stopped_browser_is_not_the_pages_doing_and_is_killed(which: str) 
 
 
 async def test_nothing_is_left_after_close() -> None:
-    folders = _folders()
     pool = await BrowserPool.start(site_of(), _limits(num_ready=1))
     family = [parent_of(pool.pid), *family_of(pool.pid)]
     assert len(family) > 3
@@ -106,7 +111,7 @@ async def test_nothing_is_left_after_close() -> None:
     await pool.aclose()
     await pool.aclose()
     assert await eventually(lambda: not any(map(is_running, family)))
-    assert _folders() <= folders
+    assert _folders() == []
     assert traces_of(os.getpid()) == []
     await pool.release(tab)  # late, and harmless
     with pytest.raises(SandboxError, match="closed"):
@@ -114,7 +119,6 @@ async def test_nothing_is_left_after_close() -> None:
 
 
 async def test_nothing_is_left_of_a_browser_whose_driver_was_killed() -> None:
-    folders = _folders()
     pool = await BrowserPool.start(site_of(), _LIMITS)
     family = family_of(pool.pid)
     os.kill(parent_of(pool.pid), signal.SIGKILL)
@@ -122,13 +126,12 @@ async def test_nothing_is_left_of_a_browser_whose_driver_was_killed() -> None:
         assert await eventually(lambda: not any(map(is_running, family)))
     finally:
         await pool.aclose()
-    assert _folders() <= folders
+    assert _folders() == []
     assert traces_of(os.getpid()) == []
 
 
 @pytest.mark.slow
 async def test_nothing_is_left_after_the_parent_is_killed() -> None:
-    folders = _folders()
     program = (
         "import asyncio\nfrom palaestra.sandboxes.browser import BrowserPool, Resource, Site\n"
         "async def main():\n"
@@ -147,4 +150,4 @@ async def test_nothing_is_left_after_the_parent_is_killed() -> None:
     parent.kill()
     await parent.wait()
     assert await eventually(lambda: not any(map(is_running, family)), timeout_s=10.0)
-    assert await eventually(lambda: _folders() <= folders and traces_of(parent.pid) == [])
+    assert await eventually(lambda: _folders() == [] and traces_of(parent.pid) == [])

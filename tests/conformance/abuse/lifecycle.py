@@ -102,7 +102,7 @@ class _Counts:
             "left by engines": len(self._ground.left()),
             "traces": len(traces_of(self._holder_pid)),
             "leases": sum(lease.owner_pid == self._holder_pid for lease in _records.list_leases()),
-            "folders": len([path for path in _unsafe_folders() if f":{self._holder_pid}:" in path.read_text()]),
+            "folders": len(_unsafe_folders(self._holder_pid)),
             "tasks": len(asyncio.all_tasks()),
         }
 
@@ -123,9 +123,9 @@ class _Counts:
         return is_flat
 
 
-def _unsafe_folders() -> list[Path]:
-    """The files that tell whose a folder of the back end without isolation is."""
-    return list(Path(tempfile.gettempdir()).glob("palaestra-unsafe-*/.owner"))
+def _unsafe_folders(pid: int) -> list[Path]:
+    """A process's folders for boxes of the back end without isolation."""
+    return list(Path(tempfile.gettempdir()).glob(f"palaestra-unsafe-{pid}-*"))
 
 
 async def _at_once(width: int, count: int, live: Callable[[], Awaitable[None]], until_s: float = 0.0) -> int:
