@@ -45,7 +45,7 @@ class SubprocessBackend:
         if self._closed:
             raise SandboxError("the subprocess back end is closed")
         box_id = f"subprocess-{os.getpid()}-{os.urandom(4).hex()}"
-        folder = await asyncio.to_thread(_make_folder)
+        folder = _make_folder()  # not in a thread, which would make it all the same when this is cancelled
         try:
             io, process = await _start(folder, spec)
         except BaseException:
