@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from _pytest.mark import ParameterSet
 
 from palaestra.errors import ConfigError
 from palaestra.sandboxes import Capability, Sandbox, SandboxBackend, SandboxSpec, open_backend
@@ -41,6 +42,15 @@ from tests.sandboxes.remote_server import running_server
 
 _THEMES = (filesystem, names, archives, amounts, endings, reach, output, network, kernel, grading, lifecycle, hosts)
 ALL = [ATTEMPTS[number] for number in sorted(ATTEMPTS)]
+_WHOLE_MACHINE = (58, 59, 60)
+"""These look at the whole machine, where other tests plant what is left over."""
+
+
+def _params(attempts: list[Attempt]) -> list[ParameterSet]:
+    group = pytest.mark.xdist_group("whole machine")
+    return [pytest.param(one, id=str(one), marks=group if one.number in _WHOLE_MACHINE else ()) for one in attempts]
+
+
 _OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (6,), "remote": (57,)}
 """What a back end does not contain even where the machine has all it needs; the remote one serves jails."""
 _LOOK = "import os; print([os.listdir(place) for place in ('/workspace', '/tmp', '/dev/shm')])"
@@ -106,7 +116,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", ALL, ids=str)
+@pytest.mark.parametrize("attempt", _params(ALL))
 @pytest.mark.parametrize("yard", BACKENDS, indirect=True)
 async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
     if attempt.backends and yard.backend.name not in attempt.backends:
@@ -125,7 +135,7 @@ async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", ALL, ids=str)
+@pytest.mark.parametrize("attempt", _params(ALL))
 async def test_positive_control(
     attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
 ) -> None:
@@ -142,7 +152,7 @@ async def test_positive_control(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", [one for one in ALL if one.capability is None], ids=str)
+@pytest.mark.parametrize("attempt", _params([one for one in ALL if one.capability is None]))
 async def test_what_every_backend_must_contain_is_contained_without_isolation_too(
     attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
 ) -> None:

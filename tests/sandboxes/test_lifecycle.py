@@ -22,6 +22,8 @@ _HARNESS = """
 import asyncio, sys
 from palaestra.sandboxes import SandboxSpec, open_backend
 
+pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
+
 async def main():
     backend = await open_backend(sys.argv[1])
     idle = await backend.create(SandboxSpec())

@@ -32,6 +32,8 @@ _OWNER = """
 import asyncio, sys
 from palaestra.sandboxes import SandboxSpec, open_backend
 
+pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
+
 async def main():
     backend = await open_backend(sys.argv[1], allow_unsafe=True, label="of-a-test")
     box = await backend.create(SandboxSpec())

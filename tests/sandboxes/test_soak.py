@@ -18,6 +18,8 @@ import pytest
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.pages import require_chromium
 
+pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
+
 _SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
 _KINDS = {"processes", "containers", "mounts", "cgroups", "records", "temporary folders"}
 _BOX_FATES = """
