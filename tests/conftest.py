@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +18,11 @@ def require(part: str, reason: str | None) -> None:
     if part in os.environ.get("PALAESTRA_REQUIRE", "").split(","):
         pytest.fail(f"{part} is required here, but: {reason}")
     pytest.skip(f"{part}: {reason}")
+
+
+@pytest.fixture
+def whole_machine() -> Iterator[None]:
+    """One test at a time on this machine, for those that look all over it, where others plant what is left over."""
+    with Path(tempfile.gettempdir(), "palaestra-tests-whole-machine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -47,7 +47,7 @@ _WHOLE_MACHINE = (58, 59, 60)
 
 
 def _params(attempts: list[Attempt]) -> list[ParameterSet]:
-    group = pytest.mark.xdist_group("whole machine")
+    group = pytest.mark.usefixtures("whole_machine")
     return [pytest.param(one, id=str(one), marks=group if one.number in _WHOLE_MACHINE else ()) for one in attempts]
 
 

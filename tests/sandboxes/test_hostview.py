@@ -19,11 +19,12 @@ from tests.sandboxes.engines import containers, inspect
 from tests.sandboxes.hostview import Ground, cgroups, eventually, marker, mounts, processes_with, traces_of
 
 _needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can plant these")
+pytestmark = pytest.mark.usefixtures("whole_machine")  # what one of them plants, another would find
+
 _OWNER = """
 import asyncio, sys
 from palaestra.sandboxes import SandboxSpec, open_backend
 
-pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
 
 async def main():
     backend = await open_backend(sys.argv[1])

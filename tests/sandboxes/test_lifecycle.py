@@ -18,11 +18,12 @@ from palaestra.sandboxes import SandboxBackend, SandboxSpec, _bwrap, open_backen
 from palaestra.sandboxes._rootfs import ensure_rootfs
 from tests.sandboxes.hostview import Ground, children_of, eventually, marker, processes_with, traces_of
 
+pytestmark = pytest.mark.usefixtures("whole_machine")  # what one of them plants, another would find
+
 _HARNESS = """
 import asyncio, sys
 from palaestra.sandboxes import SandboxSpec, open_backend
 
-pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
 
 async def main():
     backend = await open_backend(sys.argv[1])

@@ -18,7 +18,7 @@ import pytest
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.pages import require_chromium
 
-pytestmark = pytest.mark.xdist_group("whole machine")  # what one of them plants, another would find
+pytestmark = pytest.mark.usefixtures("whole_machine")  # what one of them plants, another would find
 
 _SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
 _KINDS = {"processes", "containers", "mounts", "cgroups", "records", "temporary folders"}
