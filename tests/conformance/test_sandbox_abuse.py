@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from _pytest.mark import ParameterSet
 
 from palaestra.errors import ConfigError
 from palaestra.sandboxes import Capability, Sandbox, SandboxBackend, SandboxSpec, open_backend
@@ -46,9 +45,11 @@ _WHOLE_MACHINE = (58, 59, 60)
 """These look at the whole machine, where other tests plant what is left over."""
 
 
-def _params(attempts: list[Attempt]) -> list[ParameterSet]:
-    group = pytest.mark.usefixtures("whole_machine")
-    return [pytest.param(one, id=str(one), marks=group if one.number in _WHOLE_MACHINE else ()) for one in attempts]
+@pytest.fixture(autouse=True)
+def _alone(request: pytest.FixtureRequest) -> None:
+    attempt = getattr(request.node, "callspec", None) and request.node.callspec.params.get("attempt")
+    if attempt is not None and attempt.number in _WHOLE_MACHINE:
+        request.getfixturevalue("whole_machine")
 
 
 _OPEN: dict[str, tuple[int, ...]] = {"jail": (57,), "podman": (6,), "remote": (57,)}
@@ -116,7 +117,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", _params(ALL))
+@pytest.mark.parametrize("attempt", ALL, ids=str)
 @pytest.mark.parametrize("yard", BACKENDS, indirect=True)
 async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
     if attempt.backends and yard.backend.name not in attempt.backends:
@@ -135,7 +136,7 @@ async def test_abuse(yard: Yard, attempt: Attempt, folder: Path) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", _params(ALL))
+@pytest.mark.parametrize("attempt", ALL, ids=str)
 async def test_positive_control(
     attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
 ) -> None:
@@ -152,7 +153,7 @@ async def test_positive_control(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("attempt", _params([one for one in ALL if one.capability is None]))
+@pytest.mark.parametrize("attempt", [one for one in ALL if one.capability is None], ids=str)
 async def test_what_every_backend_must_contain_is_contained_without_isolation_too(
     attempt: Attempt, unsafe: tuple[SandboxBackend, frozenset[Capability]], folder: Path
 ) -> None:
