@@ -87,12 +87,7 @@ class Channel:
         text = json.dumps(header).encode()
         self._write(FRAME.pack(len(text), count) + text)
         while count:
-            try:
-                chunk = os.read(fd, min(count, _CHUNK))
-            except OSError:
-                chunk = b""
-            if not chunk:
-                os._exit(0)
+            chunk = _piece(fd, count)
             self._write(chunk)
             count -= len(chunk)
 
@@ -107,15 +102,21 @@ class Channel:
     def _exactly(self, count: int) -> bytes:
         chunks = []
         while count:
-            try:
-                chunk = os.read(self.read_fd, min(count, _CHUNK))
-            except OSError:
-                chunk = b""
-            if not chunk:
-                os._exit(0)
+            chunk = _piece(self.read_fd, count)
             chunks.append(chunk)
             count -= len(chunk)
         return b"".join(chunks)
+
+
+def _piece(fd: int, count: int) -> bytes:
+    """Some of the next `count` bytes, at least one; this process ends where there are none."""
+    try:
+        chunk = os.read(fd, min(count, _CHUNK))
+    except OSError:
+        chunk = b""
+    if not chunk:
+        os._exit(0)
+    return chunk
 
 
 def milliseconds_until(moment: float) -> int:

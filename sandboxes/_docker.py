@@ -93,7 +93,10 @@ class DockerBackend:
     async def circumstances(self) -> tuple[str, ...]:
         """What decides which capabilities there are: with the same, they are not proved again."""
         client = await self._connected()
-        info = await asyncio.to_thread(client.info)
+        try:
+            info = await asyncio.to_thread(client.info)
+        except FAILURES as error:
+            raise SandboxError(f"the {self.name} daemon does not serve: {_containers.one_line(error)}") from error
         engine = (str(info.get(key)) for key in ("ID", "SecurityOptions", "CgroupDriver", "CgroupVersion"))
         return self.name, str(client.base_url), self._image, *engine
 
