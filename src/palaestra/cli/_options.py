@@ -9,11 +9,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from palaestra.config import load_toml, override
 from palaestra.errors import ConfigError, leaves
+
+if TYPE_CHECKING:
+    from palaestra.trainer.job import Job
 
 INTERRUPTED = 130
 """Exit code of a command that its user stopped."""
@@ -57,6 +62,15 @@ def import_modules(names: Sequence[str]) -> None:
         except Exception as error:  # a module of theirs may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"cannot import {name!r}: {type(error).__name__}: {reason}") from error
+
+
+def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -> Job:
+    """The training job in a TOML file, after its modules and `imports` were imported; raises `ConfigError`."""
+    from palaestra.trainer.job import Job, listed_modules  # behind torch: --help must not wait for it
+
+    values = override(load_toml(config), parse_assignments(assignments))
+    import_modules([*listed_modules(values), *imports])
+    return Job.parse(values, source=str(config))
 
 
 @contextmanager

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import Field
-
-from palaestra.config import Config, load_toml, override
 
 
 def train(
@@ -25,13 +22,11 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per update and a last one.")] = False,
 ) -> None:
     """Train a model by GRPO on a suite of environments; the same command resumes a stopped run."""
-    from palaestra.cli._options import INTERRUPTED, import_modules, interruptible, parse_assignments
+    from palaestra.cli._options import INTERRUPTED, interruptible, load_job
     from palaestra.trainer import Trainer
     from palaestra.trainer.metrics import StepRecord, one_line
 
-    values = override(load_toml(config), parse_assignments(assignments or ()))
-    import_modules([*_listed_modules(values), *(imports or ())])
-    job = _job_class().parse(values, source=str(config))
+    job = load_job(config, assignments or (), imports or ())
 
     def show(record: StepRecord) -> None:
         typer.echo(json.dumps(record.to_json()) if as_json else one_line(record))
@@ -49,45 +44,3 @@ def train(
         typer.echo(f"version {result.version}: {state}. The model is in {result.model}")
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
-
-
-def _listed_modules(values: dict[str, Any]) -> list[str]:
-    # read before the job is checked, since the check looks up names that these modules register
-    listed = values.get("imports")
-    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-
-
-def _job_class() -> Any:
-    # built on demand: GRPOConfig lives behind torch, and --help must not wait for it
-    from palaestra.envs import EnvSuite
-    from palaestra.trainer import GRPOConfig
-    from palaestra.types import Form
-
-    class Suite(Config):
-        """What to play."""
-
-        weights: dict[str, float]
-        """Environments and how often each is drawn."""
-        form: Form = "full"
-        """How tasks are worded."""
-        options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-        """Constructor arguments by environment."""
-
-        def build(self) -> EnvSuite:
-            return EnvSuite(self.weights, form=self.form, options=self.options)
-
-    class Job(Config):
-        """A training job."""
-
-        model: str
-        """Hugging Face model folder or id."""
-        run: Path | None = None
-        """Run folder."""
-        imports: list[str] = Field(default_factory=list)
-        """Modules of yours that register environments, losses and advantages."""
-        suite: Suite
-        """What to play."""
-        train: GRPOConfig = GRPOConfig()
-        """How to train."""
-
-    return Job
