@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from palaestra.agents import Cutoff, Policy, cancelled_episode, episode_seed, run_episode
@@ -77,6 +77,11 @@ class RolloutWorkers:
         self.num_generated = 0
         self.num_verified = 0
 
+    def count_on(self, *, num_generated: int, num_verified: int) -> None:
+        """Take up the totals of the run's earlier lives."""
+        self.num_generated = num_generated
+        self.num_verified = num_verified
+
     @property
     def num_generating(self) -> int:
         """Episodes that are being played."""
@@ -121,6 +126,7 @@ class RolloutWorkers:
     async def _play_group(self, group: OpenGroup) -> None:
         episodes = dict(group.ended)
         cutoff = Cutoff()
+        self._cut_spares(cutoff, episodes)  # a run that was killed may have left nothing else to play
         try:
             async with asyncio.TaskGroup() as tasks:
                 for position in range(group.size):
@@ -159,7 +165,10 @@ class RolloutWorkers:
         await self._ledger.end(group.number, position, episode)
         episodes[position] = episode
         self._see(episode)
-        if sum(self._plan.is_valid(each.outcome) for each in episodes.values()) >= self._plan.group_size:
+        self._cut_spares(cutoff, episodes)
+
+    def _cut_spares(self, cutoff: Cutoff, ended: Mapping[int, Episode]) -> None:
+        if sum(self._plan.is_valid(each.outcome) for each in ended.values()) >= self._plan.group_size:
             cutoff.cut(SPARE)
 
     def _see(self, episode: Episode) -> None:
