@@ -23,11 +23,13 @@ sys.path.append(str(HERE.parent))  # last, so that its folders hide nobody's pac
 from benchmarks._chaos.log import RoundLog  # noqa: E402
 from benchmarks._chaos.page import page  # noqa: E402
 
+from tests.chaos.draws import Pace  # noqa: E402
 from tests.chaos.lives import Run  # noqa: E402
 from tests.chaos.rounds import SCENARIOS, SYNC, Scenario, draw_and_play, play_round  # noqa: E402
 from tests.chaos.walker import make_walker  # noqa: E402
 
 _KILLS_PER_RUN = 10
+_STEPS = 32
 _TIMEOUT_S = 600.0
 _OF_VLLM = [scenario for scenario in SCENARIOS if scenario.engine == "vllm"]
 _OF_TRANSFORMERS = [scenario for scenario in SCENARIOS if scenario.engine != "vllm" and scenario != SYNC]
@@ -52,34 +54,33 @@ class Chaos:
 
     def play(self, scenario: Scenario, quota: int) -> None:
         """Runs of a scenario, one after the other, until `quota` kills hit; each is played to its end."""
-        life_s = self._measure(scenario)
+        pace = self._measure(scenario)
         number = 0
         while self.log.num_kills(scenario.name) < quota or self.log.is_open(scenario.name, number):
-            self._play_run(scenario, number, quota, life_s)
+            self._play_run(scenario, number, quota, pace)
             number += 1
 
-    def _play_run(self, scenario: Scenario, number: int, quota: int, life_s: float) -> None:
+    def _play_run(self, scenario: Scenario, number: int, quota: int, pace: Pace) -> None:
         run = self._run(scenario, f"{scenario.name} {number}".replace(" ", "-"))
         twin = self._run(SYNC, "unbroken-transformers") if scenario.is_exact else None
         while not self.log.is_over(scenario.name, number):
             rounds = self.log.of_run(scenario.name, number)
             rng = random.Random(f"{self._seed} {scenario.name} {number} {len(rounds)}")
             is_wanted = self.log.num_kills(scenario.name) < quota and len(rounds) < _KILLS_PER_RUN
-            played = (
-                draw_and_play(run, rng, life_s=life_s, twin=twin) if is_wanted else play_round(run, None, twin=twin)
-            )
+            played = draw_and_play(run, rng, pace=pace, twin=twin) if is_wanted else play_round(run, None, twin=twin)
             self.log.add(scenario.name, number, played)
 
-    def _measure(self, scenario: Scenario) -> float:
-        """Seconds of a life that nobody ends, once for each engine."""
+    def _measure(self, scenario: Scenario) -> Pace:
+        """How long a life takes that nobody ends, once for each engine."""
         name = f"unbroken {scenario.engine}"
         with self._measuring:
             if not self.log.is_over(name, 0):
                 self.log.add(name, 0, play_round(self._run(scenario, name.replace(" ", "-")), None))
-        return self.log.of_run(name, 0)[0].wall_s
+        whole = self.log.of_run(name, 0)[0]
+        return Pace(ready_s=whole.ready_s or 0.0, wall_s=whole.wall_s)
 
     def _run(self, scenario: Scenario, name: str) -> Run:
-        config = scenario.config()
+        config = scenario.config(steps=_STEPS)
         return Run(folder=self._state / name, model=self._state / "model", config=config, timeout_s=_TIMEOUT_S)
 
 

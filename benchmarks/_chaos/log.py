@@ -43,7 +43,7 @@ class RoundLog:
     def of_scenario(self, scenario: str) -> list[list[Round]]:
         """The rounds of each run of a scenario."""
         with self._lock:
-            return [list(rounds) for _, rounds in sorted(self._rounds[scenario].items())]
+            return [list(rounds) for _, rounds in sorted(self._rounds[scenario].items()) if rounds]
 
     def is_over(self, scenario: str, number: int) -> bool:
         """Whether a run reached its end."""

@@ -11,7 +11,7 @@ from datetime import date
 
 from benchmarks._chaos.log import RoundLog
 
-from tests.chaos.draws import MOMENT
+from tests.chaos.draws import MOMENT, TRAINING_MOMENT
 from tests.chaos.rounds import SCENARIOS, Round, Scenario
 
 _SHOWN = 20
@@ -38,7 +38,8 @@ def page(log: RoundLog, options: argparse.Namespace) -> str:
             "generator state, metrics other than seconds, gradients' fingerprints and all episodes, to the bit.",
             "",
             "Who was killed: " + _counts(played.whom for played in kills) + " (all: with the workers).",
-            "When: " + _counts(played.kill for played in kills) + f" ({MOMENT}: drawn over the time of a life).",
+            "When: " + _counts(played.kill for played in kills) + f" ({MOMENT}: drawn over a whole life,",
+            f"{TRAINING_MOMENT}: over the time from its first play on; the others are points of the program).",
             "What the run was at: " + _counts(played.phase for played in kills) + ".",
             "",
             f"Rules broken: {len(complaints)}.",
@@ -64,7 +65,7 @@ def _row(scenario: Scenario, runs: Sequence[Sequence[Round]]) -> str:
         sum(played.was_killed for played in rounds),
         sum(len(run) - 1 for run in runs),
         sum(played.num_made_again for played in rounds),
-        sum(run[-1].kept for run in runs if run),
+        sum(run[-1].kept for run in runs),
         sum(played.anew for played in rounds),
         sum(played.lost for played in rounds),
         _quantile(resumed_s, 0.5),

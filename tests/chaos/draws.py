@@ -1,4 +1,4 @@
-"""Which kill a life gets: at a moment drawn over the time that a life takes, or at a named point that it can reach."""
+"""Which kill a life gets: at a moment drawn over the time that it takes, or at a named point that it can reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tests.chaos.audit import Snapshot
 from tests.chaos.faults import POINTS
 from tests.chaos.plan import Fault, Whom
 
-MOMENT = "moment"
+MOMENT, TRAINING_MOMENT = "moment", "training moment"
+_MOMENTS, _TRAINING_MOMENTS = 0.15, 0.4
 _LONGEST_DELAY_S = 0.03
 _SPREAD = ("issue", "end", "finish", "commit")
 _OF_RESUMING = ("replaying", "replayed")
@@ -18,23 +19,37 @@ _WHOMS: tuple[Whom, ...] = ("driver", "all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Seconds of a life that nobody ends: until it is ready to play, and in all."""
+
+    ready_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """One of both: `after_s` seconds from the start, or at `fault`."""
+    """One of both: at `fault`, or `after_s` seconds from the start, or from when it is ready."""
 
     whom: Whom
     after_s: float | None = None
+    is_from_ready: bool = False
     fault: Fault | None = None
 
     @property
     def name(self) -> str:
-        return MOMENT if self.fault is None else self.fault.point
+        if self.fault is not None:
+            return self.fault.point
+        return TRAINING_MOMENT if self.is_from_ready else MOMENT
 
 
-def draw_kill(rng: random.Random, run: Path, snapshot: Snapshot, *, steps: int, life_s: float) -> Kill:
-    """Half of all kills come at a moment up to `life_s`, the others at points that the run's state allows."""
+def draw_kill(rng: random.Random, run: Path, snapshot: Snapshot, *, steps: int, pace: Pace) -> Kill:
+    """Moments over a whole life or its training, else a point that the run's state allows."""
     whom = rng.choice(_WHOMS)
-    if rng.random() < 0.5:
-        return Kill(whom=whom, after_s=rng.uniform(0.0, life_s))
+    share = rng.random()
+    if share < _MOMENTS:
+        return Kill(whom=whom, after_s=rng.uniform(0.0, pace.wall_s))
+    if share < _MOMENTS + _TRAINING_MOMENTS:
+        return Kill(whom=whom, after_s=rng.uniform(0.0, pace.wall_s - pace.ready_s), is_from_ready=True)
     saved = max((int(path.name[8:]) for path in run.glob("checkpoints/version-????????")), default=0)
     points = [name for name in POINTS if _can_be_reached(name, saved, snapshot.last_step, steps)]
     point = rng.choice(points)

@@ -81,7 +81,7 @@ def install(fault: Fault | None, journal: Journal) -> None:
         _wrap(point.owner, point.name, _Trap(fault, point.when).set)
 
 
-def kill(whom: Whom, pid: int) -> None:
+def kill_tree(whom: Whom, pid: int) -> None:
     """SIGKILL for a driver, and first for its workers where they are meant."""
     workers = psutil.Process(pid).children(recursive=True) if whom == "all" else []
     for worker in workers:
@@ -124,7 +124,7 @@ class _Trap:
             self._spring()
 
     def _spring(self) -> None:
-        kill(self._fault.whom, os.getpid())
+        kill_tree(self._fault.whom, os.getpid())
 
 
 def _wrap(owner: Any, name: str, around: Callable[[], Any]) -> None:

@@ -6,21 +6,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.chaos.draws import Kill
 from tests.chaos.errand import ERRAND
-from tests.chaos.faults import kill
-from tests.chaos.plan import Entry, Fault, Plan, Whom, read_journal
+from tests.chaos.faults import kill_tree
+from tests.chaos.plan import Entry, Fault, Plan, read_journal
 
 _MARK = "PALAESTRA_CHAOS"
 _LIFE = Path(__file__).with_name("life.py")
 _SHARED_MEMORY = Path("/dev/shm")
 _DEATH_S = 20.0
+_LOOK_S = 0.02
 _LOG_LINES = 12
 
 
@@ -61,28 +63,29 @@ class Run:
     def ledger(self) -> Path:
         return self.run / "ledger.sqlite"
 
-    def live(self, *, fault: Fault | None = None, after_s: float | None = None, whom: Whom = "driver") -> Life:
-        """One life, killed by its fault or `after_s` seconds after it began, if it is not over before."""
+    def live(self, kill: Kill | None = None) -> Life:
+        """One life, with a kill that hits it if it is not over before."""
         self.folder.mkdir(parents=True, exist_ok=True)
         journal = self.folder / "journal.jsonl"
         num_before = sum(1 for _ in read_journal(journal))
         started_s = time.time()
-        process = self._start(journal, fault)
+        process = self._start(journal, kill.fault if kill is not None else None)
         self.pids.append(process.pid)
         complaints = []
+        if kill is not None and kill.after_s is not None:
+            _kill_in_time(process, kill, lambda: _ready_s(_read_new(journal, num_before), started_s) is not None)
         try:
-            process.wait(self.timeout_s if after_s is None else after_s)
+            process.wait(self.timeout_s)
         except subprocess.TimeoutExpired:
-            kill(whom, process.pid)
-            if after_s is None:
-                complaints.append(f"it did not end within {self.timeout_s:g} s")
+            kill_tree("all", process.pid)
+            complaints.append(f"it did not end within {self.timeout_s:g} s")
         code = process.wait()
         complaints += self._survivors()
         if code == 0:
             complaints += self._leftovers()
         if code not in (0, -9):
             complaints.append(f"it ended with {code}: {self._last_words()}")
-        told = list(read_journal(journal))[num_before:]
+        told = _read_new(journal, num_before)
         return Life(
             is_over=code == 0,
             was_killed=code == -9,
@@ -131,6 +134,21 @@ class Run:
     def _last_words(self) -> str:
         lines = (self.folder / "life.log").read_text(errors="replace").splitlines()
         return " / ".join(line.strip() for line in lines[-_LOG_LINES:])
+
+
+def _kill_in_time(process: subprocess.Popen[bytes], kill: Kill, is_ready: Callable[[], bool]) -> None:
+    assert kill.after_s is not None
+    while kill.is_from_ready and process.poll() is None and not is_ready():
+        time.sleep(_LOOK_S)
+    try:
+        process.wait(kill.after_s)
+    except subprocess.TimeoutExpired:
+        kill_tree(kill.whom, process.pid)
+
+
+def _read_new(journal: Path, num_before: int) -> list[Entry]:
+    """What was told after the first `num_before` entries."""
+    return list(read_journal(journal))[num_before:]
 
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 
 from palaestra.envs import EnvSuite
 from tests.chaos import audit
-from tests.chaos.draws import Kill, draw_kill
+from tests.chaos.draws import Kill, Pace, draw_kill
 from tests.chaos.lives import Life, Run
 from tests.chaos.twins import differences
 
 _COMMON: Mapping[str, Any] = {
-    "steps": 14,
+    "steps": 24,
     "group_size": 4,
     "groups_per_step": 3,
     "save_every": 4,
@@ -82,7 +82,7 @@ class Round:
 def play_round(run: Run, kill: Kill | None, *, twin: Run | None = None) -> Round:
     """Live once, with `kill` if given; at the end of the run compare it with its unbroken `twin` if given."""
     before = audit.take(run.ledger)
-    life = run.live() if kill is None else run.live(fault=kill.fault, after_s=kill.after_s, whom=kill.whom)
+    life = run.live(kill)
     after = audit.take(run.ledger)
     complaints = [*life.complaints, *audit.check(after, EnvSuite(dict(run.suite))), *audit.check_kept(before, after)]
     complaints += [note for note in life.notes if "otherwise than the first time" in note]
@@ -91,10 +91,10 @@ def play_round(run: Run, kill: Kill | None, *, twin: Run | None = None) -> Round
     return _round(kill, life, before, after, complaints)
 
 
-def draw_and_play(run: Run, rng: random.Random, *, life_s: float, twin: Run | None = None) -> Round:
+def draw_and_play(run: Run, rng: random.Random, *, pace: Pace, twin: Run | None = None) -> Round:
     """A round with a kill that suits the run's state."""
     snapshot = audit.take(run.ledger)
-    kill = draw_kill(rng, run.run, snapshot, steps=run.config["steps"], life_s=life_s)
+    kill = draw_kill(rng, run.run, snapshot, steps=run.config["steps"], pace=pace)
     return play_round(run, kill, twin=twin)
 
 

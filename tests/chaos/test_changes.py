@@ -11,6 +11,7 @@ import pytest
 
 from palaestra.envs import EnvSuite
 from tests.chaos.audit import Snapshot, check, check_kept, take
+from tests.chaos.draws import Kill
 from tests.chaos.errand import ERRAND, STROLL, errands
 from tests.chaos.lives import Life, Run
 from tests.chaos.plan import Fault
@@ -23,7 +24,7 @@ _SLOW, _FAST = {"learning_rate": 1e-4}, {"learning_rate": 2e-3}
 
 
 def live(run: Run, fault: Fault | None = None) -> Life:
-    life = run.live(fault=fault)
+    life = run.live(Kill(whom="driver", fault=fault) if fault is not None else None)
     assert life.complaints == ()
     assert life.was_killed == (fault is not None)
     return life

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.draws import Kill
 from tests.chaos.lives import Life, Run
 from tests.chaos.plan import Fault
 from tests.chaos.rounds import SYNC
@@ -47,7 +48,7 @@ def break_all(run: Run) -> None:
 def live(run: Run, steps_until_kill: int | None) -> Life:
     """A life that records so many steps more, if it is to be killed."""
     fault = Fault(point="train", count=steps_until_kill) if steps_until_kill is not None else None
-    life = run.live(fault=fault)
+    life = run.live(Kill(whom="driver", fault=fault) if fault is not None else None)
     assert life.complaints == ()
     assert life.was_killed == (fault is not None)
     return life

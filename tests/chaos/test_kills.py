@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.draws import Kill
+from tests.chaos.draws import Kill, Pace
 from tests.chaos.lives import Run
 from tests.chaos.plan import Fault
 from tests.chaos.rounds import SCENARIOS, SYNC, Round, draw_and_play, play_round
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chaos"), pytest.mark.ti
 
 _SEED = 7
 _NUM_KILLS = 8
-_LIFE_S = 12.0
+_PACE = Pace(ready_s=7.0, wall_s=12.0)
 
 
 def test_run_that_is_killed_eight_times_equals_the_unbroken_one(tmp_path: Path, model: Path, unbroken: Run) -> None:
@@ -28,9 +28,7 @@ def test_run_that_is_killed_eight_times_equals_the_unbroken_one(tmp_path: Path, 
     while not (rounds and rounds[-1].is_over):
         is_wanted = sum(played.was_killed for played in rounds) < _NUM_KILLS
         played = (
-            draw_and_play(run, rng, life_s=_LIFE_S, twin=unbroken)
-            if is_wanted
-            else play_round(run, None, twin=unbroken)
+            draw_and_play(run, rng, pace=_PACE, twin=unbroken) if is_wanted else play_round(run, None, twin=unbroken)
         )
         assert played.complaints == ()
         assert played.lost == 0

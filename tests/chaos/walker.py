@@ -37,6 +37,7 @@ def make_walker(folder: Path) -> Path:
 
 def _imitate(folder: Path, ids_BT: torch.Tensor, is_said_BT: torch.Tensor) -> None:
     disable_progress_bar()
+    torch.set_num_threads(1)  # so small a model gains nothing from a second one, and the same bytes come out anywhere
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.Adam(model.parameters(), lr=_RATE)
     wanted_N = ids_BT[:, 1:][is_said_BT[:, 1:]]
