@@ -14,7 +14,7 @@ from tests.chaos.lives import Life, Run
 from tests.chaos.twins import differences
 
 _COMMON: Mapping[str, Any] = {
-    "steps": 24,
+    "steps": 14,
     "group_size": 4,
     "groups_per_step": 3,
     "save_every": 4,

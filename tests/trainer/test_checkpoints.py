@@ -27,11 +27,16 @@ def rewrite(folder: Path, **changes: object) -> None:
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
 
 
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES: dict[str, Damage] = {
     "version is missing": lambda folder: (folder / "version").unlink(),
     "version is not what was written": lambda folder: (folder / "version").write_text("9"),
     "version is not what was written ": lambda folder: (folder / "version").write_text(""),
-    "IsADirectoryError": lambda folder: ((folder / "version").unlink(), (folder / "version").mkdir()),
+    "IsADirectoryError": lambda folder: put_folder(folder / "version"),
     "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
     "JSONDecodeError": lambda folder: (folder / "manifest.json").write_text("{"),
     "UnicodeDecodeError": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"),
