@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from palaestra.records import sync_folder
@@ -19,7 +19,7 @@ from palaestra.trainer.learner import Learner
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
-OnDamage = Callable[[str], None]
+OnDamage = Callable[[str], Awaitable[None]]
 """Hears of each checkpoint that cannot be used, in one line."""
 
 
@@ -40,7 +40,7 @@ class Checkpoints:
             if complaint is None:
                 return folder
             aside = await asyncio.to_thread(_set_aside, folder)
-            on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
+            await on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
         return None
 
     async def save(self, learner: Learner) -> Path:

@@ -18,6 +18,8 @@ from palaestra.trainer.ledger import Ledger, RecordedStep
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.trace import StepTrace
 
+Say = Callable[[str], Awaitable[None]]
+"""Tells a person, and notes in the ledger, what is not plain, in one line."""
 OpenLearner = Callable[[LearnerConfig], Awaitable[Learner]]
 """Starts a learner with the run's model; whoever asks closes it."""
 
@@ -49,7 +51,7 @@ async def resume(
     config: LearnerConfig,
     *,
     open_learner: OpenLearner,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Bring `learner`, which has `config`, to the ledger's last step; `say` hears of all that is not plain."""
     last = await ledger.last_step()
@@ -59,7 +61,7 @@ async def resume(
     if learner.version == last:
         return
     start = f"checkpoint {checkpoint.name}" if checkpoint is not None else "the model the run began with"
-    say(f"making steps {learner.version + 1} to {last} again from the ledger, on {start}")
+    await say(f"making steps {learner.version + 1} to {last} again from the ledger, on {start}")
     configs = [(step, await ledger.config_of(step)) for step in range(learner.version + 1, last + 1)]
     for learner_config, steps in by_settings(configs):
         if learner_config == config:
@@ -74,7 +76,7 @@ async def _replay_elsewhere(
     checkpoints: Checkpoints,
     learner: Learner,
     steps: range,
-    say: Callable[[str], None],
+    say: Say,
     other: Learner,
 ) -> None:
     """Steps that were made with other settings of the learner are made again with those."""
@@ -87,16 +89,14 @@ async def _replay_elsewhere(
         await other.aclose()
 
 
-async def _replay(ledger: Ledger, learner: Learner, steps: range, say: Callable[[str], None]) -> None:
+async def _replay(ledger: Ledger, learner: Learner, steps: range, say: Say) -> None:
     for step in steps:
         recorded = await ledger.load_step(step)
         again = await make_again(learner, recorded)
         if again.difference is not None:
-            line = (
+            await say(
                 f"step {step} came out otherwise ({again.difference}){again.reason}; the run goes on from these weights"
             )
-            say(line)
-            await ledger.note(line)
 
 
 async def make_again(learner: Learner, recorded: RecordedStep) -> Again:

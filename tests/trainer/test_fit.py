@@ -58,6 +58,9 @@ class Run:
         self.records: list[StepRecord] = []
         self.notes: list[str] = []
 
+    async def note(self, line: str) -> None:
+        self.notes.append(line)
+
     async def open_learner(self, config: LearnerConfig) -> ToyLearner:
         return ToyLearner()
 
@@ -80,7 +83,7 @@ class Run:
                 self.learner,
                 config.learner,
                 open_learner=self.open_learner,
-                say=self.notes.append,
+                say=self.note,
             )
             await self.ledger.use_config(config.model_dump(mode="json"))
             self.buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
@@ -115,7 +118,7 @@ class Run:
                     folder=self.folder / "logs",
                     report_s=config.stall_report_s,
                     facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
-                    stacks=[],
+                    processes=[],
                     say=self.notes.append,
                 ),
             )

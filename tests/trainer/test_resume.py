@@ -143,6 +143,9 @@ class History:
                 await checkpoints.save(learner)
         await ledger.aclose()
 
+    async def say(self, line: str) -> None:
+        self.lines.append(line)
+
     async def open_learner(self, settings: LearnerConfig) -> NearLearner:
         self.opened.append(NearLearner(self.model, settings))
         return self.opened[-1]
@@ -151,7 +154,7 @@ class History:
         learner = NearLearner(self.model, settings)
         ledger, checkpoints = await self.open()
         try:
-            await resume(ledger, checkpoints, learner, settings, open_learner=self.open_learner, say=self.lines.append)
+            await resume(ledger, checkpoints, learner, settings, open_learner=self.open_learner, say=self.say)
             assert (await ledger.balance()).trained == 2 * learner.version
         finally:
             await ledger.aclose()
@@ -251,12 +254,11 @@ async def test_a_step_that_comes_out_otherwise_is_told(tmp_path: Path, model: Pa
         other,
         LEARNER,
         open_learner=history.open_learner,
-        say=history.lines.append,
+        say=history.say,
     )
-    events = await ledger.events()
     await ledger.aclose()
     assert any(line.startswith("step 1 came out otherwise (the loss of update 1 of 2") for line in history.lines)
-    assert len(events) == 6
+    assert sum("came out otherwise" in line for line in history.lines) == 6
 
 
 @pytest.mark.slow
