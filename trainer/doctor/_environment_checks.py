@@ -1,0 +1,85 @@
+"""The checks of each environment: it plays, leaves nothing, answers in time, and its reward tells play apart."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from palaestra.trainer.doctor._check import Finding, ok
+from palaestra.trainer.doctor._env_worker import Played, Stay
+from palaestra.trainer.doctor._environments import judge_latency, judge_reward, judge_stay, used_mb
+from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._probe import EnvProbe
+from palaestra.trainer.doctor._sheet import Sheet
+from palaestra.trainer.doctor._subject import NewModel, Subject
+
+ROWS = ("environment", "reward", "latency", "leaks")
+"""Names of the rows of every environment, which its id follows."""
+
+_NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
+_MAX_AT_ONCE = 24
+_PLAY_S, _JUDGE_S, _GRACE_S = 60.0, 10.0, 10.0
+
+
+class EnvironmentChecks:
+    """Experts play first, because models are made and checked with what they say."""
+
+    def __init__(self, subject: Subject, sheet: Sheet, probe: EnvProbe) -> None:
+        self.experts: Part[dict[str, Played]] = Part("the experts' episodes")
+        self.memory_mb: Part[int] = Part("the environments' memory")
+        self._subject = subject
+        self._sheet = sheet
+        self._probe = probe
+        self._count = _NUM_FOR_VOCABULARY if isinstance(subject.model, NewModel) else _NUM_EXPERT
+        self._at_once = at_once(subject)
+        self._played: dict[str, Played] = {}
+        self._stays: dict[str, Stay] = {}
+
+    async def run(self) -> None:
+        """All rows of all environments."""
+        env_ids = self._subject.suite.env_ids
+        deadline_s = _PLAY_S + _GRACE_S
+        working = [
+            env_id
+            for env_id in env_ids
+            if await self._sheet.row(f"environment {env_id}", deadline_s, partial(self._play_expert, env_id))
+        ]
+        self.experts.settle(dict(self._played) or None)
+        for env_id in env_ids:
+            random: Part[Played] = Part("random play" if env_id in working else "the environment")
+            if env_id not in working:
+                random.settle(None)
+            leaks = partial(self._play_random, env_id, random)
+            await self._sheet.row(f"leaks {env_id}", deadline_s, leaks)
+            random.give_up()
+            await self._sheet.row(f"latency {env_id}", _JUDGE_S, partial(self._latency, env_id, random))
+            await self._sheet.row(f"reward {env_id}", _JUDGE_S, partial(self._reward, env_id, random))
+        self.memory_mb.settle(sum(map(used_mb, self._stays.values())) if self._stays else None)
+
+    async def _play_expert(self, env_id: str) -> Finding:
+        played = await self._probe.play_expert(env_id, self._count, _PLAY_S)
+        if played is None:
+            return ok("ships no expert, so that fewer things can be checked")
+        self._played[env_id] = played
+        tools = ", ".join(tool.name for tool in played.tools) or "no tools"
+        return ok(f"{len(played.episodes)} episodes of its expert in {played.wall_s:.1f} s; tools: {tools}")
+
+    async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
+        if random.is_missing:
+            await random.get()  # says why
+        played, stay = await self._probe.play_random(env_id, self._at_once, _PLAY_S)
+        self._stays[env_id] = stay
+        random.settle(played)
+        return judge_stay(stay)
+
+    async def _latency(self, env_id: str, random: Part[Played]) -> Finding:
+        strange = await random.get()
+        expert = self._played.get(env_id)
+        return judge_latency([strange] if expert is None else [expert, strange], self._at_once)
+
+    async def _reward(self, env_id: str, random: Part[Played]) -> Finding:
+        return judge_reward(self._played.get(env_id), await random.get())
+
+
+def at_once(subject: Subject) -> int:
+    """Episodes that are probed at once: as many as in the run, as far as that is quick."""
+    return min(subject.train.concurrency, _MAX_AT_ONCE)
