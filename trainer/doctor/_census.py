@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palaestra.sandboxes.leases import list_leases
-
-MARK = "PALAESTRA_DOCTOR_MARK"
-"""Environment variable by which processes that left the family are known; its value is unique to one census taker."""
+from palaestra.trainer.doctor._marks import MARK, has_mark, parents_of_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +43,9 @@ def take_census(scratch: Path) -> Census:
 
 def _family() -> set[int]:
     """Live processes below this one, by descent or by the mark that they inherited."""
-    parents: dict[int, int] = {}
-    marked: set[int] = set()
-    mark = f"{MARK}={os.environ[MARK]}".encode() if MARK in os.environ else None
-    for path in Path("/proc").iterdir():
-        if not path.name.isdecimal():
-            continue
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state == "Z":
-                continue
-            parents[int(path.name)] = int(parent)
-            if mark is not None and mark in (path / "environ").read_bytes().split(b"\0"):
-                marked.add(int(path.name))
-    own = os.getpid()
-    return {pid for pid in parents if pid != own and (pid in marked or _descends(pid, own, parents))}
+    own, mark = os.getpid(), os.environ.get(MARK, "")
+    parents = parents_of_all()
+    return {pid for pid in parents if pid != own and (_descends(pid, own, parents) or has_mark(pid, mark))}
 
 
 def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:

@@ -26,7 +26,7 @@ ValueT = TypeVar("ValueT")
 
 _TIMED = ("begin", "verify", "end")
 _NUM_ROUNDS = 2
-_SETTLE_TRIES, _SETTLE_S = 15, 0.2
+_SETTLE_TRIES, _SETTLE_S = 30, 0.1
 
 
 class ProbeSetup(NamedTuple):

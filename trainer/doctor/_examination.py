@@ -18,6 +18,7 @@ from palaestra.trainer.doctor._check import Check, Finding
 from palaestra.trainer.doctor._environment_checks import EnvironmentChecks, at_once
 from palaestra.trainer.doctor._guard import Part
 from palaestra.trainer.doctor._machine import Machine, look_at_machine
+from palaestra.trainer.doctor._marks import marked
 from palaestra.trainer.doctor._memory_plan import judge_memory, plan
 from palaestra.trainer.doctor._model_checks import ModelChecks
 from palaestra.trainer.doctor._model_size import read_size
@@ -35,7 +36,7 @@ async def examine(subject: Subject, display: Display) -> list[Check]:
     names = _row_names(subject)
     with tempfile.TemporaryDirectory(prefix="palaestra-doctor-") as folder, display.bar("doctor", len(names)) as bar:
         sheet = Sheet(bar)
-        async with Resources() as resources:
+        async with marked(folder), Resources() as resources:
             await _fill(subject, sheet, Path(folder), resources)
         return [sheet.rows[name] for name in names]
 

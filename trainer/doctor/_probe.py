@@ -5,14 +5,13 @@ Invariant: nothing of it lives after `aclose`.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from palaestra.envs import EnvSuite, registration
 from palaestra.processes import WorkerProcess
-from palaestra.trainer.doctor._census import MARK
 from palaestra.trainer.doctor._env_worker import Played, ProbeSetup, Stay
+from palaestra.trainer.doctor._marks import MARK, end_marked
 
 _TARGET = "palaestra.trainer.doctor._env_worker:build"
 _START_S = 60.0
@@ -26,6 +25,7 @@ class EnvProbe:
         scratch.mkdir()
         registrations = tuple(registration(env_id) for env_id in suite.env_ids)
         self._setup = ProbeSetup(suite, registrations, concurrency, seed, scratch)
+        self.mark = str(scratch)
         self._log_path = folder / "environments.log"
         self._worker: WorkerProcess | None = None
 
@@ -40,10 +40,11 @@ class EnvProbe:
         return result
 
     async def aclose(self) -> None:
-        """End the process; idempotent."""
+        """End the process and whatever an environment left behind; idempotent."""
         worker, self._worker = self._worker, None
         if worker is not None:
             await worker.aclose()
+        await end_marked(self.mark)
 
     async def _call(self, method: str, env_id: str, count: int, deadline_s: float) -> Any:
         if self._worker is None:
@@ -53,7 +54,7 @@ class EnvProbe:
                 name="the process of the environments",
                 log_path=self._log_path,
                 start_timeout_s=_START_S,
-                env={MARK: str(os.getpid())},
+                env={MARK: self.mark},
             )
         try:
             return await self._worker.call(method, env_id, count, timeout_s=deadline_s)
