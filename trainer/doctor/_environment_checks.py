@@ -16,8 +16,10 @@ ROWS = ("environment", "reward", "latency", "leaks")
 """Names of the rows of every environment, which its id follows."""
 
 _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
-_MAX_AT_ONCE = 24
+_MAX_AT_ONCE = 64
 _PLAY_S, _JUDGE_S, _GRACE_S = 60.0, 10.0, 10.0
+_ROUND_S, _LEAST_ROUND = 12.0, 4
+"""How long a round of random play should take, by the pace of the expert, and its fewest episodes."""
 
 
 class EnvironmentChecks:
@@ -66,7 +68,7 @@ class EnvironmentChecks:
     async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
         if random.is_missing:
             await random.get()  # says why
-        played, stay = await self._probe.play_random(env_id, self._at_once, _PLAY_S)
+        played, stay = await self._probe.play_random(env_id, self._round_size(env_id), _PLAY_S)
         self._stays[env_id] = stay
         random.settle(played)
         return judge_stay(stay)
@@ -74,10 +76,19 @@ class EnvironmentChecks:
     async def _latency(self, env_id: str, random: Part[Played]) -> Finding:
         strange = await random.get()
         expert = self._played.get(env_id)
-        return judge_latency([strange] if expert is None else [expert, strange], self._at_once)
+        count = self._round_size(env_id)
+        return judge_latency([strange] if expert is None else [expert, strange], count)
 
     async def _reward(self, env_id: str, random: Part[Played]) -> Finding:
         return judge_reward(self._played.get(env_id), await random.get())
+
+    def _round_size(self, env_id: str) -> int:
+        """Episodes of a round, all at once: as many as in the run, fewer where the expert took long."""
+        expert = self._played.get(env_id)
+        if expert is None:
+            return self._at_once
+        pace = len(expert.episodes) / max(expert.wall_s, 1e-3)
+        return min(self._at_once, max(_LEAST_ROUND, int(pace * _ROUND_S)))
 
 
 def at_once(subject: Subject) -> int:
