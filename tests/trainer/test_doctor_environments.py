@@ -14,7 +14,7 @@ from palaestra.errors import WorkerError
 from palaestra.trainer.doctor import Verdict
 from palaestra.trainer.doctor._census import Census
 from palaestra.trainer.doctor._env_worker import Played, Stay
-from palaestra.trainer.doctor._environments import judge_latency, judge_reward, judge_stay, used_mb
+from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
 from palaestra.trainer.doctor._marks import find_marked
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.types import Episode, Failure, Outcome
@@ -86,24 +86,21 @@ async def test_environment_that_kills_its_process_is_told_and_the_next_one_plays
     with pytest.raises(WorkerError, match="the process of the environments ended with 3"):
         await probe.play_random(LEAKY, 2, 60.0)
     with pytest.raises(WorkerError, match="ended with 3"):
-        await probe.play_expert(LEAKY, 2, 60.0)
+        await probe.play_well(LEAKY, 2, 60.0)
 
 
-async def test_expert_plays_and_where_there_is_none_nothing_is_played(probe_of: Any) -> None:
+async def test_expert_plays(probe_of: Any) -> None:
     probe = probe_of(LEAKY)
-    played = await probe.play_expert(LEAKY, 6, 60.0)
-    assert played is not None
+    played = await probe.play_well(LEAKY, 6, 60.0)
+    assert played.is_expert
     assert all(episode.is_success for episode in played.episodes)
     assert [tool.name for tool in played.tools] == ["say", "stop"]
 
 
-async def test_environment_without_an_expert(tmp_path: Path) -> None:
-    suite = EnvSuite({LEAKY: 1.0}, options={LEAKY: {"has_expert": False}})
-    probe = EnvProbe(suite, tmp_path, concurrency=2, seed=0)
-    try:
-        assert await probe.play_expert(LEAKY, 2, 60.0) is None
-    finally:
-        await probe.aclose()
+async def test_environment_without_an_expert_is_played_at_random(probe_of: Any) -> None:
+    played = await probe_of(LEAKY, has_expert=False).play_well(LEAKY, 2, 60.0)
+    assert not played.is_expert
+    assert len(played.episodes) == 2
 
 
 def play(reward: float, *, count: int = 4, is_solved: bool = False) -> Played:
@@ -143,6 +140,14 @@ def test_reward_without_an_expert_is_skipped_and_without_a_score_fails() -> None
     finding = judge_reward(None, play(0.1)._replace(episodes=(failed(),)))
     assert finding.verdict is Verdict.FAILURE
     assert "SandboxError: no box to be had" in finding.detail
+
+
+def test_environment_that_mostly_fails_cannot_be_played() -> None:
+    finding = judge_play(play(1.0)._replace(episodes=(failed(), *play(1.0, count=2).episodes)), 0.25)
+    assert finding.verdict is Verdict.FAILURE
+    assert "1 of 3 episodes of random play" in finding.detail
+    assert "no box to be had" in finding.detail
+    assert judge_play(play(1.0), 0.25).verdict is Verdict.OK
 
 
 def test_some_failed_episodes_are_a_warning_with_the_reason() -> None:

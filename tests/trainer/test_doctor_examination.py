@@ -177,6 +177,15 @@ async def test_group_of_errors_is_told_by_its_first() -> None:
     assert check.to_json()["verdict"] == "failure"
 
 
+async def test_error_that_is_not_ours_says_where_to_look() -> None:
+    async def divide() -> Finding:
+        return ok(str(1 // 0))
+
+    check, _ = await guarded("broken", 5.0, divide)
+    assert check.detail.startswith("ZeroDivisionError")
+    assert "environment" in check.remedy
+
+
 async def test_part_that_failed_skips_whoever_needs_it() -> None:
     part: Part[int] = Part("the engine")
     part.settle(None)

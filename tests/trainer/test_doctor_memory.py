@@ -12,6 +12,7 @@ import pytest
 from palaestra.errors import ConfigError
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.doctor import Verdict
+from palaestra.trainer.doctor import _machine as machine
 from palaestra.trainer.doctor._memory_plan import judge_memory, plan
 from palaestra.trainer.doctor._model_size import ModelSize, read_size
 from tests.trainer.doctor_jobs import CPU, GPU
@@ -100,3 +101,23 @@ def test_the_gpu_is_a_place_of_its_own() -> None:
     finding = judge_memory(plan(BILLIONS, config, GPU, 100), GPU)
     assert finding.verdict is Verdict.FAILURE
     assert "GPU: about" in finding.detail
+
+
+def test_machine_tells_its_memory_and_the_first_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "version", lambda name: "2.13.0")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '70000, 81559'\necho '1, 2'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = machine.look_at_machine()
+    assert (found.gpu_free_mb, found.gpu_total_mb) == (70_000, 81_559)
+    assert found.free_mb > 0
+    assert found.uses_gpu("auto")
+    assert not found.uses_gpu("cpu")
+    program.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert not machine.look_at_machine().uses_gpu("auto")
+
+
+def test_torch_without_cuda_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "version", lambda name: "2.13.0+cpu")
+    assert machine.look_at_machine().gpu_total_mb == 0

@@ -31,7 +31,7 @@ _NUMBERS = (0.5, -2.25, 1e-9, 3.0)
 
 
 def check_template(played: Mapping[str, Played], renderer: Renderer, max_model_len: int) -> Finding:
-    """Whether every prompt starts with exactly the ids before it, over whole episodes of the expert."""
+    """Whether every prompt starts with exactly the ids before it, over whole episodes."""
     if not renderer.stop_ids:
         return failure("the chat format has no token that ends a reply", "give the model's family")
     lengths: dict[str, int] = {}
@@ -49,7 +49,7 @@ def check_template(played: Mapping[str, Played], renderer: Renderer, max_model_l
                 lengths[env_id] = max(lengths.get(env_id, 0), len(after))
             num_turns += prompts
     longest, env_id = max(((length, env_id) for env_id, length in lengths.items()), default=(0, ""))
-    detail = f"{num_turns} extensions only append; the expert's longest episode has {longest} of {max_model_len} tokens"
+    detail = f"{num_turns} extensions only append; the longest episode has {longest} of {max_model_len} tokens"
     if longest > _NEARLY * max_model_len:
         return warning(f"{detail}, in {env_id}", "raise engine_config.max_model_len, or shorten what it says")
     return ok(detail)
@@ -83,7 +83,7 @@ def _growing(episode: Episode, tools: Sequence[ToolSpec], renderer: Renderer) ->
 
 
 def check_calls(played: Mapping[str, Played], renderer: Renderer) -> Finding:
-    """Whether what is encoded is parsed as the same: the expert's messages, and arguments that are hard to write."""
+    """Whether what is encoded is parsed as the same: messages that were played, and awkward arguments."""
     said = {
         (env_id, json.dumps(message.to_json(), sort_keys=True)): (message, each.tools)
         for env_id, each in played.items()
@@ -93,14 +93,16 @@ def check_calls(played: Mapping[str, Played], renderer: Renderer) -> Finding:
     }
     wrong = [text for message, tools in said.values() if (text := _changed(message, tools, renderer))]
     if wrong:
-        detail = f"{len(wrong)} of {len(said)} messages of experts come back changed, such as {wrong[0]}"
+        detail = f"{len(wrong)} of {len(said)} messages that were played come back changed, such as {wrong[0]}"
         return failure(detail, "give the model's family, or mend its renderer: what is trained is not what is played")
     hard = [(message, each.tools) for each in played.values() for message in hard_calls(each.tools)]
     wrong = [text for message, tools in hard if (text := _changed(message, tools, renderer))]
     if wrong:
         detail = f"{len(wrong)} of {len(hard)} calls with awkward arguments come back changed, such as {wrong[0]}"
         return warning(detail, "keep such values out of the tools' arguments, or choose another family")
-    return ok(f"{len(said)} messages of experts and {len(hard)} calls with awkward arguments come back as they were")
+    return ok(
+        f"{len(said)} messages that were played and {len(hard)} calls with awkward arguments come back as they were"
+    )
 
 
 def _changed(message: Message, tools: Sequence[ToolSpec], renderer: Renderer) -> str:

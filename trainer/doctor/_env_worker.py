@@ -47,6 +47,7 @@ class Played(NamedTuple):
     limits: EnvLimits
     seconds: dict[str, list[float]]
     wall_s: float
+    is_expert: bool = False
 
 
 class Stay(NamedTuple):
@@ -72,7 +73,7 @@ class ProbeService:
     def __init__(self, setup: ProbeSetup) -> None:
         self._setup = setup
         self._calls: dict[str, Callable[..., Coroutine[Any, Any, object]]] = {
-            "play_expert": self.play_expert,
+            "play_well": self.play_well,
             "play_random": self.play_random,
         }
 
@@ -93,14 +94,16 @@ class ProbeService:
     def close(self) -> None:
         """Nothing to release."""
 
-    async def play_expert(self, env_id: str, count: int) -> Played | None:
-        """The scripted expert on the first `count` training tasks; None where there is none."""
+    async def play_well(self, env_id: str, count: int) -> Played:
+        """The scripted expert on the first `count` training tasks; random play where there is no expert."""
+        policy: Policy = ExpertPolicy()
         try:
             self._setup.suite.make(env_id).expert()
         except TaskError:
-            return None
+            policy = RandomPolicy()
         async with Resources() as resources:
-            return await self._play(ExpertPolicy(), env_id, range(count), resources)
+            played = await self._play(policy, env_id, range(count), resources)
+        return played._replace(is_expert=isinstance(policy, ExpertPolicy))
 
     async def play_random(self, env_id: str, count: int) -> tuple[Played, Stay]:
         """Random calls on training tasks, round by round, with a census after each round and after the end."""

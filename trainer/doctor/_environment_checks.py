@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from palaestra.trainer.doctor._check import Finding, ok
+from palaestra.trainer.doctor._check import Finding
 from palaestra.trainer.doctor._env_worker import Played, Stay
-from palaestra.trainer.doctor._environments import judge_latency, judge_reward, judge_stay, used_mb
+from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
 from palaestra.trainer.doctor._guard import Part
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.trainer.doctor._sheet import Sheet
@@ -19,14 +19,14 @@ _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
 _MAX_AT_ONCE = 64
 _PLAY_S, _JUDGE_S, _GRACE_S = 60.0, 10.0, 10.0
 _ROUND_S, _LEAST_ROUND = 12.0, 4
-"""How long a round of random play should take, by the pace of the expert, and its fewest episodes."""
+"""How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
 
 
 class EnvironmentChecks:
     """Experts play first, because models are made and checked with what they say."""
 
     def __init__(self, subject: Subject, sheet: Sheet, probe: EnvProbe) -> None:
-        self.experts: Part[dict[str, Played]] = Part("the experts' episodes")
+        self.conversations: Part[dict[str, Played]] = Part("episodes of the environments")
         self.memory_mb: Part[int] = Part("the environments' memory")
         self._subject = subject
         self._sheet = sheet
@@ -43,9 +43,9 @@ class EnvironmentChecks:
         working = [
             env_id
             for env_id in env_ids
-            if await self._sheet.row(f"environment {env_id}", deadline_s, partial(self._play_expert, env_id))
+            if await self._sheet.row(f"environment {env_id}", deadline_s, partial(self._play_well, env_id))
         ]
-        self.experts.settle(dict(self._played) or None)
+        self.conversations.settle(dict(self._played) or None)
         for env_id in env_ids:
             random: Part[Played] = Part("random play" if env_id in working else "the environment")
             if env_id not in working:
@@ -57,13 +57,10 @@ class EnvironmentChecks:
             await self._sheet.row(f"reward {env_id}", _JUDGE_S, partial(self._reward, env_id, random))
         self.memory_mb.settle(sum(map(used_mb, self._stays.values())) if self._stays else None)
 
-    async def _play_expert(self, env_id: str) -> Finding:
-        played = await self._probe.play_expert(env_id, self._count, _PLAY_S)
-        if played is None:
-            return ok("ships no expert, so that fewer things can be checked")
+    async def _play_well(self, env_id: str) -> Finding:
+        played = await self._probe.play_well(env_id, self._count, _PLAY_S)
         self._played[env_id] = played
-        tools = ", ".join(tool.name for tool in played.tools) or "no tools"
-        return ok(f"{len(played.episodes)} episodes of its expert in {played.wall_s:.1f} s; tools: {tools}")
+        return judge_play(played, self._subject.train.max_failure_rate)
 
     async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
         if random.is_missing:
@@ -75,19 +72,17 @@ class EnvironmentChecks:
 
     async def _latency(self, env_id: str, random: Part[Played]) -> Finding:
         strange = await random.get()
-        expert = self._played.get(env_id)
-        count = self._round_size(env_id)
-        return judge_latency([strange] if expert is None else [expert, strange], count)
+        return judge_latency([self._played[env_id], strange], self._round_size(env_id))
 
     async def _reward(self, env_id: str, random: Part[Played]) -> Finding:
-        return judge_reward(self._played.get(env_id), await random.get())
+        strange = await random.get()
+        first = self._played[env_id]
+        return judge_reward(first if first.is_expert else None, strange)
 
     def _round_size(self, env_id: str) -> int:
-        """Episodes of a round, all at once: as many as in the run, fewer where the expert took long."""
-        expert = self._played.get(env_id)
-        if expert is None:
-            return self._at_once
-        pace = len(expert.episodes) / max(expert.wall_s, 1e-3)
+        """Episodes of a round, all at once: as many as in the run, fewer where the first ones took long."""
+        first = self._played[env_id]
+        pace = len(first.episodes) / max(first.wall_s, 1e-3)
         return min(self._at_once, max(_LEAST_ROUND, int(pace * _ROUND_S)))
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from palaestra.trainer.doctor._census import Census
-from palaestra.trainer.doctor._check import Finding, failure, skipped, together, warning
+from palaestra.trainer.doctor._check import Finding, failure, ok, skipped, together, warning
 from palaestra.trainer.doctor._env_worker import Played, Stay
 from palaestra.types import Episode
 
@@ -26,6 +26,19 @@ _KINDS = {
     "leases": ("sandbox leases", "close every sandbox and tab in end(); `palaestra sandbox list` shows them"),
     "files": ("temporary files", "remove what the environment writes in end()"),
 }
+
+
+def judge_play(played: Played, max_failure_rate: float) -> Finding:
+    """Whether the environment can be played here, as often as a run asks for."""
+    failed = [episode for episode in played.episodes if episode.failure is not None]
+    who = "its expert" if played.is_expert else "random play, for it ships no expert,"
+    tools = ", ".join(tool.name for tool in played.tools) or "none"
+    detail = f"{len(played.episodes)} episodes of {who} in {played.wall_s:.1f} s; tools: {tools}"
+    if len(failed) > max_failure_rate * len(played.episodes):
+        why = _first_failure(failed)
+        told = f"{len(failed)} of {len(played.episodes)} episodes of {who} failed on our side, the first: {why}"
+        return failure(told, "mend what it names")
+    return ok(detail)
 
 
 def judge_reward(expert: Played | None, random: Played) -> Finding:

@@ -51,7 +51,7 @@ async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resourc
     probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed)
     await resources.get("probe", partial(_given, probe))
     environments = EnvironmentChecks(subject, sheet, probe)
-    model = ModelChecks(subject, sheet, folder, resources, environments.experts)
+    model = ModelChecks(subject, sheet, folder, resources, environments.conversations)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(sheet.row("settings", _QUICK_S, partial(_check_settings, subject, machine)))
         tasks.create_task(environments.run())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from palaestra.errors import leaves
+from palaestra.errors import PalaestraError, leaves
 from palaestra.trainer.doctor._check import Check, Finding, failure, skipped
 
 ValueT = TypeVar("ValueT")
@@ -72,12 +72,14 @@ async def guarded(name: str, deadline_s: float, measure: Callable[[], Awaitable[
                 f"did not end within {deadline_s:g} s", "look into what it waits for, or free the machine"
             )
         else:
-            finding = failure(_told(error), "mend what the message names, then run this again")
+            finding = _broken(next(leaves(error)))
     seconds = time.monotonic() - started_s
     check = Check(name=name, verdict=finding.verdict, detail=finding.detail, remedy=finding.remedy, seconds=seconds)
     return check, is_measured
 
 
-def _told(error: Exception) -> str:
-    first = next(leaves(error))
-    return f"{type(first).__name__}: {' '.join(str(first).split())}"
+def _broken(error: BaseException) -> Finding:
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, PalaestraError):
+        return failure(told, "")  # such a message says itself what to do
+    return failure(told, f"look for {type(error).__name__} in the code of the environment or module that raised it")

@@ -26,14 +26,13 @@ ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agr
 
 _MODEL_S, _JUDGE_S, _SCORE_S, _GROUPS_S = 120.0, 60.0, 60.0, 40.0
 _GRACE_S = 10.0
-_START_S = 300.0
 
 
 class ModelChecks:
     """Engine and learner start at once; what they agree on is checked when both are there."""
 
     def __init__(
-        self, subject: Subject, sheet: Sheet, folder: Path, resources: Resources, experts: Part[dict[str, Played]]
+        self, subject: Subject, sheet: Sheet, folder: Path, resources: Resources, talks: Part[dict[str, Played]]
     ) -> None:
         self.model: Part[str] = Part("the model")
         self._subject = subject
@@ -41,7 +40,7 @@ class ModelChecks:
         self._sheet = sheet
         self._folder = folder
         self._resources = resources
-        self._experts = experts
+        self._talks = talks
         self._renderer: Part[Renderer] = Part("the model's chat format")
         self._engine: Part[Engine] = Part("the engine")
         self._learner: Part[Learner] = Part("the learner")
@@ -49,28 +48,37 @@ class ModelChecks:
 
     async def run(self) -> None:
         """All rows of the model."""
+        if isinstance(self._subject.model, NewModel):
+            await self._talks.get_or_none()
         await self._sheet.row("model", _MODEL_S, self._open_model)
         for part in (self.model, self._renderer):
             part.give_up()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._check_sides())
-            tasks.create_task(self._sheet.row("template", _JUDGE_S + _MODEL_S, self._check_template))
-            tasks.create_task(self._sheet.row("tool calls", _JUDGE_S + _MODEL_S, self._check_calls))
+            tasks.create_task(self._check_words())
+
+    async def _check_words(self) -> None:
+        await self._talks.get_or_none()
+        await self._sheet.row("template", _JUDGE_S, self._check_template)
+        await self._sheet.row("tool calls", _JUDGE_S, self._check_calls)
 
     async def _check_sides(self) -> None:
+        engine_s = self._train.engine_config.start_timeout_s + _GRACE_S
+        learner_s = self._train.learner.start_timeout_s + _GRACE_S
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sheet.row("engine", _START_S, self._start_engine))
-            tasks.create_task(self._sheet.row("learner", _START_S, self._start_learner))
+            tasks.create_task(self._sheet.row("engine", engine_s, self._start_engine))
+            tasks.create_task(self._sheet.row("learner", learner_s, self._start_learner))
         for part in (self._engine, self._learner):
             part.give_up()
         await self._sheet.row("variance", _GROUPS_S + _GRACE_S, self._check_variance)
         self._groups.give_up()
+        await self._talks.get_or_none()
         await self._sheet.row("agreement", _SCORE_S, self._check_agreement)
 
     async def _open_model(self) -> Finding:
         given = self._subject.model
         if isinstance(given, NewModel):
-            played = await self._experts.get()
+            played = await self._talks.get()
             path = str(await asyncio.to_thread(make_new_model, given, played, self._folder / "model"))
             detail = (
                 f"made with random weights, tokenizer from {sum(len(p.episodes) for p in played.values())} episodes"
@@ -97,12 +105,12 @@ class ModelChecks:
         return ok("the model is loaded for training")
 
     async def _check_template(self) -> Finding:
-        renderer, played = await self._renderer.get(), await self._experts.get()
+        renderer, played = await self._renderer.get(), await self._talks.get()
         context = await asyncio.to_thread(fitted_context, self._subject)
         return await asyncio.to_thread(check_template, played, renderer, context)
 
     async def _check_calls(self) -> Finding:
-        renderer, played = await self._renderer.get(), await self._experts.get()
+        renderer, played = await self._renderer.get(), await self._talks.get()
         return await asyncio.to_thread(check_calls, played, renderer)
 
     async def _check_variance(self) -> Finding:
@@ -116,7 +124,7 @@ class ModelChecks:
 
     async def _check_agreement(self) -> Finding:
         engine, learner = await self._engine.get(), await self._learner.get()
-        played, renderer = await self._experts.get_or_none(), await self._renderer.get()
+        played, renderer = await self._talks.get_or_none(), await self._renderer.get()
         texts = conversations(played or {}, renderer, engine.max_model_len)
         groups = await self._groups.get_or_none()
         sampled = [episode.trajectory for episode in groups.all()] if groups is not None else []

@@ -29,9 +29,9 @@ class EnvProbe:
         self._log_path = folder / "environments.log"
         self._worker: WorkerProcess | None = None
 
-    async def play_expert(self, env_id: str, count: int, deadline_s: float) -> Played | None:
-        """The expert's episodes on `count` tasks; None where the environment ships none."""
-        played: Played | None = await self._call("play_expert", env_id, count, deadline_s)
+    async def play_well(self, env_id: str, count: int, deadline_s: float) -> Played:
+        """The expert's episodes on `count` tasks; random play where the environment ships none."""
+        played: Played = await self._call("play_well", env_id, count, deadline_s)
         return played
 
     async def play_random(self, env_id: str, count: int, deadline_s: float) -> tuple[Played, Stay]:
