@@ -95,7 +95,7 @@ async def test_engine_that_is_too_slow_leaves_what_ended_in_time(renderer: Rende
         groups = await sample_groups(policy, EnvSuite({ECHO: 1.0}), CONFIG, resources, 0.1)
     assert Echo.num_open == num_open
     finding = judge_variance(groups, CONFIG, is_new=False)
-    assert finding.verdict is Verdict.FAILURE
+    assert finding.verdict is Verdict.WARNING
     assert "no episode ended in time" in finding.detail
 
 

@@ -17,7 +17,7 @@ ROWS = ("environment", "reward", "latency", "leaks")
 
 _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
 _MAX_AT_ONCE = 64
-_PLAY_S, _JUDGE_S, _GRACE_S = 60.0, 10.0, 10.0
+_PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
 _ROUND_S, _LEAST_ROUND = 6.0, 4
 """How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
 

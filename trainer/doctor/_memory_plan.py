@@ -19,8 +19,8 @@ _ADAMW = 4 * _FLOAT
 """Bytes of a parameter: itself, its gradient and two moments, all float32."""
 _COPY = 3 * _FLOAT
 """Bytes of a parameter in the copy to which a refused step of several updates goes back."""
-_PROCESS_MB = {"learner": 450, "vllm": 900, "transformers": 450, "trainer": 250}
-"""Measured on a CPU with a model of a megabyte, libraries included."""
+_PROCESS_MB = {"learner": 350, "vllm": 800, "transformers": 450, "trainer": 350}
+"""Measured on a CPU with a model of three megabytes, libraries included, and rounded up."""
 _TIGHT = 0.85
 _LOGIT_COPIES = 3
 """Logits, their float32 form, and the gradient."""

@@ -25,7 +25,7 @@ from palaestra.trainer.learner import Learner, LocalLearner
 ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agreement")
 
 _MODEL_S, _JUDGE_S, _SCORE_S, _GROUPS_S = 120.0, 60.0, 60.0, 40.0
-_GRACE_S = 10.0
+_GRACE_S, _CLOSE_S = 10.0, 30.0
 
 
 class ModelChecks:
@@ -70,7 +70,7 @@ class ModelChecks:
             tasks.create_task(self._sheet.row("learner", learner_s, self._start_learner))
         for part in (self._engine, self._learner):
             part.give_up()
-        await self._sheet.row("variance", _GROUPS_S + _GRACE_S, self._check_variance)
+        await self._sheet.row("variance", _GROUPS_S + _CLOSE_S, self._check_variance)
         self._groups.give_up()
         await self._talks.get_or_none()
         await self._sheet.row("agreement", _SCORE_S, self._check_agreement)

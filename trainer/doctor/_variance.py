@@ -62,7 +62,10 @@ def judge_variance(groups: SampledGroups, config: GRPOConfig, *, is_new: bool) -
     """Whether GRPO would move; of a model that is yet to be warmed up it is only told."""
     episodes = groups.all()
     if not episodes:
-        return failure("no episode ended in time", "lower sampling.max_tokens, or take a smaller model")
+        return warning(
+            "no episode ended in time, so that nothing is known of groups",
+            "free the machine, lower sampling.max_tokens, or take a smaller model",
+        )
     failed = [episode for episode in episodes if episode.failure is not None]
     if len(failed) > config.max_failure_rate * len(episodes):
         first = failed[0].failure
