@@ -168,7 +168,9 @@ async def staleness(model: Path, run: Path, device: str) -> list[dict[str, Any]]
         async with AsyncExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             learner = await stack.enter_async_context(
-                await LocalLearner.start(model, settings.learner.model_copy(update={"learning_rate": rate}), scratch / "l")
+                await LocalLearner.start(
+                    model, settings.learner.model_copy(update={"learning_rate": rate}), scratch / "l"
+                )
             )
             engine = await stack.enter_async_context(
                 await open_engine("transformers", model, settings.engine_settings, scratch / "e")

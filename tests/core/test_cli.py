@@ -44,7 +44,7 @@ def test_one_environment_is_described_with_its_tools() -> None:
     assert set(value["num_tasks"]) == {"train", "validation", "test"}
 
 
-@pytest.mark.parametrize("command", [[], ["envs"], ["eval"], ["train"], ["quickstart"]])
+@pytest.mark.parametrize("command", [[], ["envs"], ["eval"], ["train"], ["quickstart"], ["doctor"]])
 def test_every_command_has_help(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0
