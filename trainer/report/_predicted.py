@@ -84,10 +84,11 @@ def _verdict(step: ComparedTime, num_counted: int, num_steps: int, tokens: float
 
 
 def _other_settings(predictions: Sequence[PredictedSettings], conditions: Mapping[str, Any]) -> str:
-    """Which settings differ from the prediction that comes nearest."""
-    differing = [
-        sorted(key for key in {*each.conditions, *conditions} if each.conditions.get(key) != conditions.get(key))
-        for each in predictions
-    ]
-    nearest = ", ".join(min(differing, key=lambda keys: len(keys))) if differing else "all of them"
-    return f"Not compared: the prediction was made for other settings ({nearest}). Run `palaestra size` for these."
+    """Which settings differ from those of the prediction that comes nearest."""
+    differing = min((_differing(each.conditions, conditions) for each in predictions), key=len, default=["all of them"])
+    names = ", ".join(differing)
+    return f"Not compared: the prediction was made for other settings ({names}). Run `palaestra size` for these."
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {*first, *second} if first.get(key) != second.get(key))

@@ -74,7 +74,8 @@ def _powers(value: float, exponents: NDArray[np.float64]) -> NDArray[np.float64]
     """Logarithms of value ** exponent; a station that takes no time holds nobody."""
     if value <= 0:
         return np.where(exponents == 0, 0.0, -np.inf)
-    return exponents * np.log(value)
+    logarithms: NDArray[np.float64] = exponents * np.log(value)
+    return logarithms
 
 
 def _convolve(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:

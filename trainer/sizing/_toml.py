@@ -28,7 +28,7 @@ def _add_table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str
 
 
 def _key(text: str) -> str:
-    return text if _BARE.fullmatch(text) else json.dumps(text)
+    return text if _BARE.fullmatch(text) else _quote(text)
 
 
 def _value(value: Any) -> str:
@@ -40,5 +40,9 @@ def _value(value: Any) -> str:
         return f"[{', '.join(_value(item) for item in value)}]"
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + " }"
-    # JSON's escapes are TOML's, except that TOML also refuses a bare DEL
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _quote(str(value))
+
+
+def _quote(text: str) -> str:
+    # JSON's escapes are TOML's, except that TOML has no pairs of surrogates and refuses a bare DEL
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
