@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch:
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     make_small_model(folder / "model")
-    command = [PALAESTRA, "size", "job.toml", "--seconds", "60"]
+    command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         logs = wait_for(temporary, "palaestra-size-*/size-engine.log")
         process.send_signal(signal.SIGINT)
@@ -143,4 +143,3 @@ def test_an_environment_without_its_parts_is_one_line(folder: Path, monkeypatch:
 
 def test_a_file_that_is_there_is_not_replaced(folder: Path) -> None:
     assert_one_line(run(folder, "size", "job.toml", "--write", "job.toml"), "job.toml exists already")
-

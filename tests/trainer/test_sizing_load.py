@@ -100,6 +100,7 @@ async def test_episodes_are_groups_of_one_task_and_all_are_ended(tokenizer: Path
     renderer = open_renderer(tokenizer)
     tools = suite.make("test/Echo-v0").tools
     engine = OwnEngine(lambda prompt, seed: renderer.encode_reply(call("stop"), tools), delay_s=0.002)
+    engine.version = 0
     num_open = Echo.num_open
     async with asyncio.timeout(20), Resources() as own:
         player = Player(suite, EnginePolicy(engine, renderer, Sampling(max_tokens=16)), own, group_size=2, seed=0)
@@ -131,9 +132,9 @@ async def test_a_learner_is_timed_in_each_size_without_learning() -> None:
 async def test_a_size_that_does_not_fit_ends_the_search_with_a_note() -> None:
     learner = OwnLearner()
     learner.most = 2
-    speed = await LearnerBench(
-        learner, [trajectory([0] * 20 + [1])], LearnerConfig(max_micro_batch_tokens=80)
-    ).measure(0.01)
+    speed = await LearnerBench(learner, [trajectory([0] * 20 + [1])], LearnerConfig(max_micro_batch_tokens=80)).measure(
+        0.01
+    )
     assert [level.tokens for level in speed.levels] == [20, 40]
     assert speed.notes == ("micro-batches of 80 tokens do not fit: out of memory",)
 

@@ -28,6 +28,7 @@ def measurements(**changes: object) -> Measurements:
         "learner": (LearnerLevel(tokens=400, token_s=0.001),),
         "learner_update_s": 0.0,
         "sync_s": 0.5,
+        "busy_sync_s": 0.5,
     }
     return Measurements(**(values | changes))  # type: ignore[arg-type]
 
@@ -48,9 +49,9 @@ def test_synchronous_step_by_hand() -> None:
 
 
 def test_asynchronous_step_is_the_slower_of_generation_and_learning() -> None:
-    step = predict(measurements(sync_s=0.0), setting("async", groups_per_step=4))
+    step = predict(measurements(busy_sync_s=0.0), setting("async", groups_per_step=4))
     assert step.step_s == pytest.approx(max(8 * 2 / 20, 0.8))
-    slow = measurements(sync_s=0.0, learner=(LearnerLevel(tokens=400, token_s=0.002),))
+    slow = measurements(busy_sync_s=0.0, learner=(LearnerLevel(tokens=400, token_s=0.002),))
     step = predict(slow, setting("async"))
     assert step.step_s == pytest.approx(0.8)
     assert step.wait_s == pytest.approx(0.0)
@@ -59,7 +60,7 @@ def test_asynchronous_step_is_the_slower_of_generation_and_learning() -> None:
 
 def test_contention_takes_from_the_engine_what_learning_costs() -> None:
     # learning takes 1.5 * 0.4 = 0.6 s, in which the engine works at half its speed: 0.4 + 0.3 s to generate
-    step = predict(measurements(engine_slowdown=2.0, learner_slowdown=1.5, sync_s=0.25), setting("async"))
+    step = predict(measurements(engine_slowdown=2.0, learner_slowdown=1.5, busy_sync_s=0.25), setting("async"))
     assert step.learn_s == pytest.approx(0.6)
     assert step.step_s == pytest.approx(0.25 + 0.7)
     assert step.wait_s == pytest.approx(0.1)
@@ -143,6 +144,7 @@ measured_st = st.builds(
     ),
     learner_update_s=st.floats(0, 2),
     sync_s=st.floats(0, 2),
+    busy_sync_s=st.floats(0, 2),
     driver_s=st.floats(0, 0.1),
     overhead=factors,
     engine_slowdown=factors,

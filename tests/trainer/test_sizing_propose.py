@@ -75,7 +75,10 @@ def test_the_batch_stays_the_users() -> None:
 def test_an_idle_engine_is_a_note_about_the_batch() -> None:
     slow = propose(measurements(episodes=(episode(env_s=10.0),)), config(mode="sync"))
     assert any("twice the groups (8)" in note for note in slow.notes)
-    busy = propose(measurements(learner=(LearnerLevel(tokens=400, token_s=1e-6),), sync_s=0.0), config(mode="sync"))
+    busy = propose(
+        measurements(learner=(LearnerLevel(tokens=400, token_s=1e-6),), sync_s=0.0, busy_sync_s=0.0),
+        config(mode="sync"),
+    )
     assert not any("twice the groups" in note for note in busy.notes)
 
 
@@ -95,20 +98,22 @@ def test_a_micro_batch_that_did_not_fit_is_taken_back() -> None:
 
 def test_the_mode_changes_only_for_a_gain() -> None:
     # learning and generating take as long as each other: overlapping them halves the step
-    even = measurements(sync_s=0.0, engine=levels({1: 100.0, 4: 200.0}))
+    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=levels({1: 100.0, 4: 200.0}))
     proposal = propose(even, config(mode="sync"))
     assert proposal.assignments["train.mode"] == "async"
     assert proposal.assignments["train.max_lag"] == 1
     assert proposal.proposed.step_s < proposal.now.step_s
     # where the two take turns on one core there is nothing to gain, and the lag is not worth it
-    crowded = measurements(sync_s=0.0, engine=levels({1: 100.0, 4: 200.0}), engine_slowdown=4.0, learner_slowdown=4.0)
+    crowded = measurements(
+        sync_s=0.0, busy_sync_s=0.0, engine=levels({1: 100.0, 4: 200.0}), engine_slowdown=4.0, learner_slowdown=4.0
+    )
     assert "train.mode" not in propose(crowded, config(mode="sync")).assignments
     assert propose(crowded, config()).assignments["train.mode"] == "sync"
 
 
 def test_a_loss_without_clipping_stays_synchronous() -> None:
     values = {"max_micro_batch_tokens": 400, "loss": {"name": UNCLIPPED}}
-    proposal = propose(measurements(sync_s=0.0), config(mode="sync", learner=values))
+    proposal = propose(measurements(sync_s=0.0, busy_sync_s=0.0), config(mode="sync", learner=values))
     assert set(proposal.by_mode) == {"sync"}
     assert "train.mode" not in proposal.assignments
 

@@ -6,7 +6,7 @@ Invariant: no step moves the weights by more than rounding, so that the engine m
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -24,6 +24,7 @@ _STILL = 1e-30
 _FACTORS = (0.25, 0.5, 1.0, 2.0)
 _SAFE_SHARE = 0.8
 _MOST_STEPS = 20
+_NUM_ROUNDS = 2
 _PROBE = ((1, 2),)
 
 
@@ -63,27 +64,41 @@ class LearnerBench:
         self._row = _typical(trajectories)
         self._length = int(np.flatnonzero(self._row.loss_mask)[-1])
         self._sizes = micro_batch_sizes(config)
+        self._base_mb = 0.0
 
     async def measure(self, seconds: float) -> LearnerSpeed:
-        """Time every size for a share of `seconds`, at least once; stops at the size that memory cannot take."""
-        notes: list[str] = []
-        timed: list[Timed] = []
+        """Time every size in two rounds, at least once each; sizes from the first that memory cannot take are left out.
+
+        Of the rounds the better counts: other work on the machine only ever slows.
+        """
         await self.step(1)
-        base_mb = memory_mb(self._learner.pid)
-        for size in self._sizes:
-            if self._would_burst(size, timed, base_mb):
-                notes.append(f"micro-batches of {size} tokens were not tried: the machine's memory would not hold them")
-                break
-            try:
-                timed.append(await self._time(size, seconds / len(self._sizes)))
-            except WorkerError as error:
-                if not timed:
-                    raise
-                await self._learner.score(_PROBE)  # a learner that died says so; one that ran out of memory goes on
-                notes.append(f"micro-batches of {size} tokens do not fit: {str(error)[:120]}")
-                break
-        update_s, levels = split_fixed(timed)
+        self._base_mb = memory_mb(self._learner.pid)
+        timed: dict[int, Timed] = {}
+        notes: list[str] = []
+        for _ in range(_NUM_ROUNDS):
+            for size in self._sizes:
+                refused = await self._try(size, seconds / len(self._sizes) / _NUM_ROUNDS, timed)
+                if refused is not None:
+                    notes.append(refused)
+                    self._sizes = [smaller for smaller in self._sizes if smaller < size]
+                    break
+        update_s, levels = split_fixed(list(timed.values()))
         return LearnerSpeed(update_s=update_s, levels=levels, notes=tuple(notes))
+
+    async def _try(self, size: int, seconds: float, timed: dict[int, Timed]) -> str | None:
+        """Time a size into `timed`; why not, where memory cannot take it."""
+        if self._would_burst(size, timed):
+            return f"micro-batches of {size} tokens were not tried: the machine's memory would not hold them"
+        try:
+            found = await self._time(size, seconds)
+        except WorkerError as error:
+            if not timed:
+                raise
+            await self._learner.score(_PROBE)  # a learner that died says so; one that ran out of memory goes on
+            return f"micro-batches of {size} tokens do not fit: {str(error)[:120]}"
+        before = timed.get(found.tokens, found)
+        timed[found.tokens] = found if found.seconds < before.seconds else before
+        return None
 
     async def step(self, num_rows: int) -> float:
         """One step on that many rows; its seconds, the way there and back included."""
@@ -107,17 +122,16 @@ class LearnerBench:
         # the first step of a size pays for its memory
         return Timed(num_rows * self._length, median(taken_s[1:] or taken_s))
 
-    def _would_burst(self, size: int, timed: Sequence[Timed], base_mb: float) -> bool:
-        if not timed:
+    def _would_burst(self, size: int, timed: Mapping[int, Timed]) -> bool:
+        if not timed or size <= max(timed):
             return False
-        grown_mb = memory_mb(self._learner.pid, is_peak=True) - base_mb
-        return grown_mb * (size / timed[-1].tokens - 1.0) > _SAFE_SHARE * available_mb()
+        grown_mb = memory_mb(self._learner.pid, is_peak=True) - self._base_mb
+        return grown_mb * (size / max(timed) - 1.0) > _SAFE_SHARE * available_mb()
 
 
 def split_fixed(timed: Sequence[Timed]) -> tuple[float, tuple[LearnerLevel, ...]]:
     """What an update costs beside its tokens (the line through the two smallest sizes at no token), and per token."""
-    unique = {each.tokens: each for each in timed}
-    ordered = [unique[tokens] for tokens in sorted(unique)]
+    ordered = sorted(timed, key=lambda each: each.tokens)
     first = ordered[0]
     fixed_s = 0.0
     if len(ordered) > 1:

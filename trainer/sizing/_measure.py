@@ -135,7 +135,9 @@ class _Bench:
         self._sync = sync
         self._resources = resources
         self._watch = Watch(engine, learner)
-        self._sync_s: list[float] = []
+        self._num_published = 0
+        self._idle_sync_s: list[float] = []
+        self._busy_sync_s: list[float] = []
         policy = EnginePolicy(engine, renderer, job.train.sampling)
         config = job.train
         self._player = Player(suite, policy, resources, group_size=config.group_size, seed=config.seed)
@@ -171,7 +173,8 @@ class _Bench:
             engine=levels,
             learner=speed.levels,
             learner_update_s=speed.update_s,
-            sync_s=median(self._sync_s[1:]),  # the first had next to no canary
+            sync_s=median(self._idle_sync_s),
+            busy_sync_s=median(self._busy_sync_s or self._idle_sync_s),
             engine_slowdown=max(1.0, alone.tokens_per_s / max(together.tokens_per_s, 1e-9)) if alone.tokens else 1.0,
             learner_slowdown=learner_slowdown,
             num_cores=len(os.sched_getaffinity(0)),
@@ -181,11 +184,12 @@ class _Bench:
         )
         return _calibrated(measured, alone, slots)
 
-    async def _publish(self) -> None:
-        """Hand the learner's weights to the engine, as after a step, which also empties the engine's prefix cache."""
+    async def _publish(self) -> float:
+        """Hand the learner's weights to the engine, as after a step, which also empties its prefix cache; seconds."""
         started_s = time.monotonic()
-        await self._sync.publish(len(self._sync_s))
-        self._sync_s.append(time.monotonic() - started_s)
+        await self._sync.publish(self._num_published)
+        self._num_published += 1
+        return time.monotonic() - started_s
 
     async def _play(self, seconds: float) -> _Played:
         """Episodes of the model, few at a time; the expert's where fewer than two ended."""
@@ -233,7 +237,7 @@ class _Bench:
         counts = level_counts(self._config.engine_config.max_num_seqs)
         best: dict[int, float] = {}
         for count in counts * _NUM_ROUNDS:
-            await self._publish()
+            self._idle_sync_s.append(await self._publish())
             watched = await send_requests(
                 self._engine,
                 prompts,
@@ -261,6 +265,8 @@ class _Bench:
         taken_s: list[float] = []
 
         async def keep_learning() -> None:
+            taken_s.append(await bench.step(num_rows))
+            self._busy_sync_s.append(await self._publish())
             while True:
                 taken_s.append(await bench.step(num_rows))
 

@@ -54,10 +54,11 @@ class GpuMemory:
 class Measurements:
     """Everything that was measured.
 
-    `player` says whose episodes they are. `learner_update_s` is what an update costs beside its tokens. `driver_s`
-    are processor seconds of this process for each turn. `overhead` is how much longer real rollouts took than the
-    queueing model says; the slowdowns are how much slower engine and learner were at the same time than alone.
-    `cores` are the cores in use by phase and process.
+    `player` says whose episodes they are. `learner_update_s` is what an update costs beside its tokens.
+    `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the engine has nothing to do.
+    `driver_s` are processor seconds of this process for each turn. `overhead` is how much longer real rollouts took
+    than the queueing model says; the slowdowns are how much slower engine and learner were at the same time than
+    alone. `cores` are the cores in use by phase and process.
     """
 
     player: Literal["model", "expert"]
@@ -66,6 +67,7 @@ class Measurements:
     learner: tuple[LearnerLevel, ...]
     learner_update_s: float
     sync_s: float
+    busy_sync_s: float
     driver_s: float = 0.0
     overhead: float = 1.0
     engine_slowdown: float = 1.0

@@ -6,7 +6,8 @@ episodes under way (`_queue.py`):
     sync:   step = gen + learn + sync,  gen = the time in which `concurrency` slots play B episodes to their end
     async:  step = sync + max(gen + (1 - 1/e) * l * learn,  l * learn),  gen = B n / X(min(concurrency, max_lag * B))
 
-`e` and `l` are the measured slowdowns of engine and learner while both work: without any, and with a sync that takes
+`sync` is measured with an idle engine for the first and a busy one for the second. `e` and `l` are the measured
+slowdowns of engine and learner while both work: without any, and with a sync that takes
 no time, async is max(gen, learn). The ideal is max(B n m / R, learn) with R the most tokens per second that the engine
 made: environments, driver, weight sync and contention free, and nothing waiting. No prediction is below it.
 
@@ -94,21 +95,22 @@ def predict(measured: Measurements, setting: Setting) -> Prediction:
     work = _work(measured, batch)
     learn_s = learning_s(measured, setting, batch)
     tokens = setting.num_episodes * measured.turns_per_episode * measured.tokens_per_turn
+    sync_s = measured.sync_s if setting.mode == "sync" else measured.busy_sync_s
     if setting.mode == "sync":
         generation_s = measured.overhead * drain_s(work, slots, turns_per_s)
-        step_s, wait_s = generation_s + learn_s + measured.sync_s, generation_s
+        step_s, wait_s = generation_s + learn_s + sync_s, generation_s
     else:
         generation_s = measured.overhead * math.fsum(work) / float(turns_per_s[-1])
         learn_s *= measured.learner_slowdown
         stolen_s = learn_s * (1.0 - 1.0 / measured.engine_slowdown)
-        step_s = measured.sync_s + max(generation_s + stolen_s, learn_s)
-        wait_s = step_s - learn_s - measured.sync_s
+        step_s = sync_s + max(generation_s + stolen_s, learn_s)
+        wait_s = step_s - learn_s - sync_s
     return Prediction(
         step_s=step_s,
         generation_s=generation_s,
         wait_s=wait_s,
         learn_s=learn_s,
-        sync_s=measured.sync_s,
+        sync_s=sync_s,
         ideal_s=_ideal_s(measured, setting, batch, tokens),
         tokens=tokens,
     )

@@ -163,7 +163,8 @@ def _show_measurements(measured: Measurements) -> None:
     typer.echo(
         f"together, the engine is {measured.engine_slowdown:.2f} and the learner {measured.learner_slowdown:.2f} times "
         f"slower than alone; rollouts take {measured.overhead:.2f} times what the model of them says; "
-        f"an update costs {measured.learner_update_s:.3f} s beside its tokens, weight sync {measured.sync_s:.2f} s"
+        f"an update costs {measured.learner_update_s:.3f} s beside its tokens, weight sync "
+        f"{measured.sync_s:.2f} s, during rollouts {measured.busy_sync_s:.2f} s"
     )
 
 
