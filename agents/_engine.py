@@ -61,10 +61,11 @@ class Engine(Protocol):
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Log-probability of every token but the first given those before it, one (T-1,) array each."""
 
-    async def load_weights(self, folder: Path, version: int) -> None:
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
         """Replace the weights between two tokens of running requests; later tokens carry `version`.
 
-        `folder` holds a Hugging Face `model.safetensors`. Versions must rise.
+        `folder` holds a Hugging Face `model.safetensors`, whose SHA-256 must be `checksum` where that is given.
+        Versions must rise.
         """
 
     async def stats(self) -> EngineStats:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from palaestra.agents._cutoff import CutError, Cutoff
 from palaestra.agents._policy import Policy, Session
 from palaestra.envs import Env
 from palaestra.errors import ConfigError, ContextFullError, RewardError, WorkerError
@@ -44,17 +45,24 @@ async def run_episode(
     *,
     episode_id: str,
     seed: int,
+    cutoff: Cutoff | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Episode:
-    """Play one task to its outcome and close the episode. Times come from `clock`, in seconds."""
+    """Play one task to its outcome and close the episode. Times come from `clock`, in seconds.
+
+    When `cutoff` cuts it, the outcome is `cancelled`, and what was played is kept.
+    """
     started_s = clock()
     record = _Record()
     session: Session | None = None
     failure: Failure | None = None
     try:
-        session = _guarded_session(env, policy, task, seed)
-        await _play(env, session, task, seed, record, clock)
+        async with (cutoff or Cutoff()).scope():
+            session = _guarded_session(env, policy, task, seed)
+            await _play(env, session, task, seed, record, clock)
         outcome = Outcome(record.info["outcome"])
+    except CutError as error:
+        outcome, failure = Outcome.CANCELLED, Failure(kind="CutError", message=str(error), boundary="run")
     except _BoundaryError as error:
         outcome, failure = _classify(error)
     finally:
@@ -73,6 +81,23 @@ async def run_episode(
         failure=failure,
         wall_s=clock() - started_s,
         timings={"policy_s": record.policy_s, "env_s": record.env_s},
+    )
+
+
+def cancelled_episode(task: Task, *, episode_id: str, reason: str) -> Episode:
+    """The record of an episode that was called off before it began."""
+    return Episode(
+        id=episode_id,
+        task=task,
+        outcome=Outcome.CANCELLED,
+        messages=(),
+        turns=(),
+        reward=None,
+        terms=(),
+        facts={},
+        trajectory=None,
+        failure=Failure(kind="CutError", message=reason, boundary="run"),
+        wall_s=0.0,
     )
 
 

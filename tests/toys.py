@@ -132,7 +132,7 @@ class ToyEngine:
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         return [np.full(len(ids) - 1, -1.0 - self.wrong_by, np.float32) for ids in sequences]
 
-    async def load_weights(self, folder: Path, version: int) -> None:
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
         assert (folder / "weights").read_text() == str(version)
         self.version = version
         self.loaded.append(version)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from palaestra.agents.renderers import family_of, mark_family
 from palaestra.errors import ConfigError
+from palaestra.records import sync_folder
 
 _WEIGHTS = "model.safetensors"
 _STATE = "learner.pt"
@@ -100,6 +101,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
                 path.replace(folder / path.name)
         else:
             place.rename(folder)
+            sync_folder(folder.parent)
     finally:
         if place.exists():
             shutil.rmtree(place)

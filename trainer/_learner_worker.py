@@ -21,11 +21,13 @@ from torch import Tensor
 
 from palaestra.errors import ConfigError, WorkerError
 from palaestra.processes import Reply
+from palaestra.trainer._fingerprint import fingerprints
 from palaestra.trainer._learner_files import read_state, write_model, write_state, write_weights
 from palaestra.trainer._policy_model import PolicyModel
 from palaestra.trainer.batch import MicroBatch, TrainRow, check_rows, denominators, make_micro_batches, pack_by_length
 from palaestra.trainer.learner import LearnerConfig, LearnerSetup, Published, StepReport
 from palaestra.trainer.losses import LossResult, find_loss, log_linear_proximal, policy_loss
+from palaestra.trainer.trace import StepTrace
 
 
 def build(setup: LearnerSetup) -> LearnerService:
@@ -74,7 +76,7 @@ class LearnerService:
         started = time.perf_counter()
         # one update writes only after everything was checked; with several, a later one can still fail
         before = self._state(is_copy=True) if self._updates_per_step > 1 else None
-        totals = _Totals()
+        totals = _Totals(tuple(self._parameters))
         try:
             check_rows(rows, self._model.vocab_size)
             for minibatch in self._minibatches(self._with_proximal(rows)):
@@ -84,7 +86,8 @@ class LearnerService:
                 self._restore(before)
             raise WorkerError(f"step refused at version {self._version}, weights unchanged: {error}") from error
         self._version += 1
-        return StepReport(metrics=totals.averages(), version=self._version, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return StepReport(metrics=totals.averages(), version=self._version, seconds=seconds, trace=totals.trace())
 
     def publish(self, folder: Path) -> Published:
         """Write the weights for an engine."""
@@ -159,6 +162,7 @@ class LearnerService:
             totals.add_tokens(result.metrics, micro_batch.num_tokens)
             loss += value
         parameters = list(self._parameters.values())
+        prints_P2 = fingerprints([parameter.grad for parameter in parameters])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm))
         if not np.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
@@ -167,7 +171,7 @@ class LearnerService:
             group["lr"] = rate
         self._optimizer.step()
         self._num_updates += 1
-        totals.add_update({"loss": loss, "grad_norm": norm, "learning_rate": rate})
+        totals.add_update({"loss": loss, "grad_norm": norm, "learning_rate": rate}, prints_P2)
 
     def _loss(self, micro_batch: MicroBatch) -> LossResult:
         policy_N = self._logprobs(micro_batch)
@@ -243,9 +247,11 @@ class LearnerService:
 class _Totals:
     """Running averages of one step: metrics over its tokens, facts over its updates, maxima as maxima."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
+        self._updates: list[tuple[float, float, NDArray[np.int64]]] = []
 
     def add_tokens(self, metrics: dict[str, float], num_tokens: int) -> None:
         for name, value in metrics.items():
@@ -255,12 +261,22 @@ class _Totals:
             else:
                 self._add(name, value, num_tokens)
 
-    def add_update(self, facts: dict[str, float]) -> None:
+    def add_update(self, facts: dict[str, float], prints_P2: NDArray[np.int64]) -> None:
         for name, value in facts.items():
             self._add(name, value, 1)
+        self._updates.append((facts["loss"], facts["grad_norm"], prints_P2))
 
     def averages(self) -> dict[str, float]:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def trace(self) -> StepTrace:
+        losses, norms, prints = zip(*self._updates, strict=True)
+        return StepTrace(
+            names=self._names,
+            losses=np.array(losses),
+            grad_norms=np.array(norms),
+            fingerprints=np.stack(prints),
+        )
 
     def _add(self, name: str, value: float, count: int) -> None:
         self._sums[name] += value * count

@@ -48,7 +48,7 @@ class ReplayBuffer:
     async def take(
         self, count: int, version: int, *, on_drop: Callable[[Dropped], Awaitable[None]]
     ) -> tuple[NumberedGroup, ...]:
-        """`count` trainable groups in the order they finished; waits for them.
+        """The first `count` trainable groups to finish, ordered by number; waits for them.
 
         `on_drop` hears of each dropped group at once, so that a replacement is played meanwhile.
         """
@@ -57,7 +57,9 @@ class ReplayBuffer:
                 for drop in self._sift(version):
                     await on_drop(drop)
                 if len(self._groups) >= count:
-                    return tuple(self._groups.popleft() for _ in range(count))
+                    taken = [self._groups.popleft() for _ in range(count)]
+                    # by number, so that the step does not depend on which of them was last
+                    return tuple(sorted(taken, key=lambda each: each[0]))
                 await self._changed.wait()
 
     def _sift(self, version: int) -> tuple[Dropped, ...]:
@@ -73,8 +75,9 @@ class ReplayBuffer:
         return tuple(dropped)
 
     def _objection(self, group: Group, version: int) -> str | None:
+        reason = self._objection_to(group)
+        if reason is not None:
+            return reason
         if group.oldest_version is None:
             return "empty"
-        if version - group.oldest_version > self._max_lag:
-            return "stale"
-        return self._objection_to(group)
+        return "stale" if version - group.oldest_version > self._max_lag else None

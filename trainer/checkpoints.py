@@ -1,35 +1,108 @@
-"""Checkpoints of the learner: whole folders, written beside their place and renamed, the newest few kept."""
+"""Checkpoints of the learner: whole folders with a manifest, the newest few kept.
+
+Invariant: a checkpoint appears whole or not at all, and is used only when every byte is as it was written; one that
+is not is set aside by name, and the one before is used.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from palaestra.records import sync_folder
 from palaestra.trainer.learner import Learner
 
-_KEPT = 2
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+OnDamage = Callable[[str], None]
+"""Hears of each checkpoint that cannot be used, in one line."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`."""
+    """The checkpoints of one run, whose id is `run`, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, run: str = "", kept: int = 2) -> None:
         self._folder = folder
+        self._run = run
+        self._kept = kept
 
-    def newest(self) -> Path | None:
-        """The folder of the newest complete checkpoint."""
-        found = self._found()
-        return found[-1] if found else None
+    async def newest(self, upto: int, *, on_damage: OnDamage) -> Path | None:
+        """The newest whole checkpoint of a version up to `upto`; damaged ones are renamed on the way to it."""
+        for folder in reversed(self._found()):
+            complaint: str | None = f"it is of step {_version_of(folder)}, the ledger ends with {upto}"
+            if _version_of(folder) <= upto:
+                complaint = await asyncio.to_thread(self._complaint, folder)
+            if complaint is None:
+                return folder
+            aside = await asyncio.to_thread(_set_aside, folder)
+            on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
+        return None
 
-    async def save(self, learner: Learner) -> None:
+    async def save(self, learner: Learner) -> Path:
         """Save the learner's present version unless it is saved already; older checkpoints are thinned out."""
         target = self._folder / f"version-{learner.version:08d}"
-        if target.exists():
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        await learner.save(target)
-        for old in self._found()[:-_KEPT]:
-            shutil.rmtree(old)
+        if not target.exists():
+            await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+            partial = target.with_suffix(".partial")
+            await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
+            try:
+                await learner.save(partial)
+                await asyncio.to_thread(self._seal, partial, target, learner.version)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
+        for old in self._found()[: -self._kept]:
+            await asyncio.to_thread(shutil.rmtree, old)
+        return target
+
+    def before(self, version: int) -> list[Path]:
+        """Checkpoints of a version up to `version`, newest first, unchecked."""
+        return [folder for folder in reversed(self._found()) if _version_of(folder) <= version]
 
     def _found(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("version-*") if path.suffix == "")
+
+    def _seal(self, partial: Path, target: Path, version: int) -> None:
+        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+        manifest = {"format": _FORMAT, "run": self._run, "version": version, "files": files}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        sync_folder(partial)
+        partial.rename(target)
+        sync_folder(self._folder)
+
+    def _complaint(self, folder: Path) -> str | None:
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            if manifest["format"] != _FORMAT:
+                return f"it is of format {manifest['format']}, not {_FORMAT}"
+            if manifest["run"] != self._run or manifest["version"] != _version_of(folder):
+                return "it belongs to another run or version"
+            for name, described in manifest["files"].items():
+                if _describe(folder / name) != described:
+                    return f"{name} is not what was written"
+        except FileNotFoundError as error:
+            return f"{Path(str(error.filename)).name} is missing"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+def _describe(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _version_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+def _set_aside(folder: Path) -> Path:
+    for count in range(1, 1000):
+        aside = folder.with_name(f"{folder.name}.damaged-{count}")
+        if not aside.exists():
+            return folder.rename(aside)
+    raise FileExistsError(f"too many damaged copies of {folder}")

@@ -1,24 +1,19 @@
-"""The training loop: sample -> score -> advantages -> batch -> step -> publish weights.
+"""The training loop: sample -> score -> advantages -> batch -> step -> record -> publish weights.
 
 Generation and learning overlap: rollout workers play and score groups all the while, the learner steps in its
-own process. Invariants: a group is trained at most once and never staler than `max_lag`; a component's death
-ends the run at once and by name; stopping leaves a checkpoint from which the run goes on.
+own process. Invariants: a group is trained at most once and never staler than `max_lag`; a step is in the ledger
+before its weights leave the learner; a component's death ends the run at once and by name; a stopped or killed run goes
+on where it was.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from palaestra.agents import Engine
-from palaestra.errors import WorkerError
-from palaestra.trainer.advantages import estimate_advantages
-from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.buffer import Dropped, NumberedGroup, ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
@@ -26,13 +21,14 @@ from palaestra.trainer.learner import Learner, StepReport
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord, StepTimes, summarise_step
 from palaestra.trainer.rollouts import RolloutWorkers
+from palaestra.trainer.rows import make_rows
+from palaestra.trainer.stalls import Stalls
 from palaestra.trainer.sync import WeightSync
-from palaestra.types import Group, Outcome
+from palaestra.types import Group
 
 OnStep = Callable[[StepRecord], None]
 
 _NUM_CANARIES = 2
-_MIN_VALID = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,19 @@ class Parts:
     buffer: ReplayBuffer
     rollouts: RolloutWorkers
     checkpoints: Checkpoints
+    stalls: Stalls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """A step that was made, with the seconds it took so far."""
+
+    batch: Sequence[NumberedGroup]
+    report: StepReport
+    wait_s: float
+    learn_s: float
+    sync_s: float = 0.0
+    canary: float | None = None
 
 
 class Fit:
@@ -65,113 +74,107 @@ class Fit:
         parts = self._parts
         self._engine_busy_s = (await parts.engine.stats()).busy_s
         async with asyncio.TaskGroup() as tasks:
-            rollouts = tasks.create_task(self._start_rollouts(), name="rollouts")
+            background = [
+                tasks.create_task(self._generate(), name="rollouts"),
+                tasks.create_task(parts.stalls.watch(), name="stall watch"),
+            ]
             while parts.learner.version < parts.config.steps:
                 started_s = self._clock()
-                groups = await self._sample()
-                if groups is None:
+                batch = await self._sample()
+                if batch is None:
                     break
-                sampled_s = self._clock()
-                rows = make_rows([group for _, group in groups], parts.config)
-                report = await parts.learner.step(rows)
-                learned_s = self._clock()
-                canary = await self._publish(report, groups)
-                times = StepTimes(
-                    wait_s=sampled_s - started_s, learn_s=learned_s - sampled_s, sync_s=self._clock() - learned_s
-                )
-                await self._record(groups, report, times, canary)
-            rollouts.cancel()
-        await parts.checkpoints.save(parts.learner)
+                waited_s = self._clock() - started_s
+                report = await self._learn([group for _, group in batch])
+                made = _Made(batch=batch, report=report, wait_s=waited_s, learn_s=self._clock() - started_s - waited_s)
+                await self._record(made)
+                await self._publish(made)
+            for task in background:
+                task.cancel()
+        await self._save()
 
     def stop(self) -> None:
         """Finish the step under way, save, and leave."""
         self._stopping.set()
 
-    async def _start_rollouts(self) -> None:
+    async def _generate(self) -> None:
         parts = self._parts
         waiting = await parts.ledger.finished()
         for number, group in waiting:
             await parts.buffer.put(number, group)
-        await parts.rollouts.run(await parts.ledger.unplayed(), num_waiting=len(waiting))
+        await parts.rollouts.run(await parts.ledger.open_groups(), num_waiting=len(waiting))
 
     async def _sample(self) -> Sequence[NumberedGroup] | None:
+        """The next batch; None when the run is to stop."""
         parts = self._parts
-        try:
-            async with asyncio.timeout(parts.config.step_timeout_s), asyncio.TaskGroup() as tasks:
-                taking = tasks.create_task(
-                    parts.buffer.take(parts.config.groups_per_step, parts.learner.version, on_drop=self._replace)
-                )
-                stopping = tasks.create_task(self._stopping.wait())
-                await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
-                taking.cancel()
-                stopping.cancel()
-            return None if taking.cancelled() or self._stopping.is_set() else taking.result()
-        except TimeoutError as error:
-            raise WorkerError(
-                f"no batch within {parts.config.step_timeout_s:g} s: the learner waits for rollouts; "
-                f"{len(parts.buffer)} of {parts.config.groups_per_step} groups are ready and "
-                f"{parts.rollouts.num_generating} episodes are running; groups dropped meanwhile: {len(self._dropped)}"
-            ) from error
+        async with (
+            parts.stalls.wait("the learner waits for rollouts", parts.config.step_timeout_s),
+            asyncio.TaskGroup() as tasks,
+        ):
+            taking = tasks.create_task(
+                parts.buffer.take(parts.config.groups_per_step, parts.learner.version, on_drop=self._replace),
+                name="batch",
+            )
+            stopping = tasks.create_task(self._stopping.wait(), name="stop")
+            await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            taking.cancel()
+            stopping.cancel()
+        return None if taking.cancelled() or self._stopping.is_set() else taking.result()
 
     async def _replace(self, drop: Dropped) -> None:
         self._dropped.append(drop)
         await self._parts.ledger.drop(drop.number, drop.reason)
         await self._parts.rollouts.release(1)
 
-    async def _publish(self, report: StepReport, groups: Sequence[NumberedGroup]) -> float | None:
-        trajectories = (e.trajectory for _, group in groups for e in group.episodes)
-        sequences = [t.ids.tolist() for t in trajectories if t is not None and len(t) > 1]
-        self._parts.sync.set_canary(sequences[:_NUM_CANARIES])
-        return await self._parts.sync.publish(report.version)
-
-    async def _record(
-        self, groups: Sequence[NumberedGroup], report: StepReport, times: StepTimes, canary: float | None
-    ) -> None:
+    async def _learn(self, groups: Sequence[Group]) -> StepReport:
         parts = self._parts
-        busy_s = (await parts.engine.stats()).busy_s
-        record = summarise_step(
-            [group for _, group in groups],
-            report=report,
-            times=times,
+        trajectories = (e.trajectory for group in groups for e in group.episodes)
+        sequences = [t.ids.tolist() for t in trajectories if t is not None and len(t) > 1]
+        async with parts.stalls.wait("the loop waits for the learner's step"):
+            await parts.sync.prepare(sequences[:_NUM_CANARIES])
+            return await parts.learner.step(make_rows(groups, parts.config))
+
+    async def _record(self, made: _Made) -> None:
+        """Write the step down: from here on it is part of the run, whatever happens."""
+        record = await self._summarise(made)
+        trace = made.report.trace.to_bytes() if made.report.trace is not None else None
+        numbers = [number for number, _ in made.batch]
+        await self._parts.ledger.train(numbers, record.step, record.to_json(), trace)
+
+    async def _publish(self, made: _Made) -> None:
+        """Hand the new weights to the engine, let it play on, and save where that is due."""
+        parts, step = self._parts, made.report.version
+        started_s = self._clock()
+        if parts.config.mode == "one-step" and step < parts.config.steps:
+            async with parts.stalls.wait("the learner waits for the batch being played", parts.config.step_timeout_s):
+                await parts.rollouts.drain()
+        drained_s = self._clock()
+        async with parts.stalls.wait("the loop waits for the engine to take the weights"):
+            canary = await parts.sync.publish(step)
+        wait_s, sync_s = made.wait_s + drained_s - started_s, self._clock() - drained_s
+        record = await self._summarise(replace(made, wait_s=wait_s, sync_s=sync_s, canary=canary))
+        self._engine_busy_s = record.engine_busy_s
+        self._dropped.clear()
+        await parts.ledger.amend(step, record.to_json())
+        await parts.rollouts.release(len(made.batch))
+        if step % parts.config.save_every == 0:
+            await self._save()
+        self._on_step(record)
+
+    async def _summarise(self, made: _Made) -> StepRecord:
+        parts = self._parts
+        return summarise_step(
+            [group for _, group in made.batch],
+            report=made.report,
+            times=StepTimes(wait_s=made.wait_s, learn_s=made.learn_s, sync_s=made.sync_s),
             dropped=[drop.reason for drop in self._dropped],
-            canary=canary,
-            engine_busy_s=busy_s,
+            canary=made.canary,
+            engine_busy_s=(await parts.engine.stats()).busy_s,
             engine_busy_before_s=self._engine_busy_s,
             rollouts=parts.rollouts,
             concurrency=parts.config.concurrency,
         )
-        self._engine_busy_s = busy_s
-        self._dropped.clear()
-        await parts.ledger.train([number for number, _ in groups], report.version, record.to_json())
-        await parts.rollouts.release(len(groups))
-        if report.version % parts.config.save_every == 0:
-            await parts.checkpoints.save(parts.learner)
-        self._on_step(record)
 
-
-def is_trainable(outcome: Outcome, config: GRPOConfig) -> bool:
-    """Whether an episode of this outcome may get an advantage and vote in its group's baseline."""
-    return outcome is Outcome.SCORED or (config.train_on_truncated and outcome is Outcome.TRUNCATED)
-
-
-def objection_to(group: Group, config: GRPOConfig) -> str | None:
-    """Why a group cannot teach anything: too few valid members for a baseline, or (if configured) no variance."""
-    rewards = [e.reward for e in group.episodes if is_trainable(e.outcome, config)]
-    if len(rewards) < _MIN_VALID:
-        return "invalid"
-    if config.drop_zero_variance and len(set(rewards)) == 1:
-        return "zero_variance"
-    return None
-
-
-def make_rows(groups: Sequence[Group], config: GRPOConfig) -> list[TrainRow]:
-    """Trajectories with their group-relative advantages; only valid siblings vote, invalid ones are left out."""
-    rows: list[TrainRow] = []
-    for group in groups:
-        is_valid_G = np.array([is_trainable(e.outcome, config) and e.trajectory is not None for e in group.episodes])
-        rewards_G = np.array([e.reward if e.reward is not None else math.nan for e in group.episodes])
-        advantages_G = estimate_advantages(config.advantage, rewards_G, is_valid_G)
-        for episode, advantage, is_valid in zip(group.episodes, advantages_G, is_valid_G, strict=True):
-            if is_valid and episode.trajectory is not None and episode.trajectory.num_sampled:
-                rows.append(TrainRow(trajectory=episode.trajectory, advantage=float(advantage)))
-    return rows
+    async def _save(self) -> None:
+        async with self._parts.stalls.wait("the loop waits for the learner to save"):
+            await self._parts.ledger.balance()
+            await self._parts.checkpoints.save(self._parts.learner)

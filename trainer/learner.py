@@ -22,6 +22,7 @@ from palaestra.errors import ConfigError
 from palaestra.processes import WorkerProcess
 from palaestra.trainer.batch import Denominator, TrainRow
 from palaestra.trainer.losses import LossConfig, find_loss
+from palaestra.trainer.trace import StepTrace
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TARGET = "palaestra.trainer._learner_worker:build"
@@ -74,11 +75,12 @@ class LearnerConfig(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One step: averages over its tokens, the version it led to, and its wall-clock seconds in the learner."""
+    """One step: averages over its tokens, the version it led to, its wall-clock seconds in the learner, its trace."""
 
     metrics: Mapping[str, float]
     version: int
     seconds: float
+    trace: StepTrace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +195,10 @@ class LocalLearner:
     async def export(self, folder: Path) -> None:
         """Write a model folder; see `Learner.export`."""
         await self._worker.call("export", folder, timeout_s=self._timeout_s)
+
+    async def stacks(self) -> str:
+        """Where the learner's process is, thread by thread; see `WorkerProcess.stacks`."""
+        return await self._worker.stacks()
 
     async def aclose(self) -> None:
         """End the process. Idempotent."""

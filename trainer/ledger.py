@@ -1,51 +1,34 @@
-"""The ledger: the durable record of every group a run issued, and what became of it.
+"""The ledger: the durable record of every group and episode a run issued, and what became of it.
 
-SQLite in WAL mode, one writer thread, one process at a time. Invariant, checked whenever it is opened or asked
-for: issued = trained + dropped(reason) + in hand. A group is written before it is played, its episodes before
-they are trained, and the training of a step in one transaction with its metrics.
+SQLite in WAL mode, one writer thread, one process at a time. Invariant, proved at every load and save: issued =
+trained + dropped(reason) + in hand. A group and its episodes are written before they are dispatched, an episode as
+soon as it ended, a step with its groups before its weights leave the learner.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
-import os
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
-from palaestra.errors import ConfigError, LedgerError
-from palaestra.records import episode_from_json, episode_to_json, trajectory_from_bytes, trajectory_to_bytes
-from palaestra.types import Group, Task
+from palaestra.errors import LedgerError
+from palaestra.trainer import _ledger_store as store
+from palaestra.trainer._ledger_store import FORMAT, Balance, OpenGroup, RecordedStep
+from palaestra.trainer._run_lock import take_lock
+from palaestra.types import Episode, Group, Task
+
+__all__ = ["FORMAT", "Balance", "Ledger", "OpenGroup", "RecordedStep", "read_records", "read_step"]
 
 ValueT = TypeVar("ValueT")
+ArgumentsT = ParamSpec("ArgumentsT")
 
-FORMAT = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS groups (
-    number INTEGER PRIMARY KEY, task TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('issued', 'finished', 'trained', 'dropped')),
-    reason TEXT, step INTEGER, newest_version INTEGER);
-CREATE TABLE IF NOT EXISTS episodes (
-    number INTEGER NOT NULL REFERENCES groups, position INTEGER NOT NULL,
-    record TEXT NOT NULL, trajectory BLOB, PRIMARY KEY (number, position));
-CREATE TABLE IF NOT EXISTS steps (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL);
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Balance:
-    """Counts of groups. `issued = trained + dropped + in_hand` or the ledger is refused."""
-
-    issued: int
-    trained: int
-    dropped: Mapping[str, int]
-    in_hand: int
+_FILE = "ledger.sqlite"
 
 
 class Ledger:
@@ -58,22 +41,17 @@ class Ledger:
 
     @classmethod
     async def open(cls, folder: Path, *, meta: Mapping[str, Any]) -> Ledger:
-        """Open or create the ledger of a run folder.
+        """Open or create the ledger of a run folder; `meta` is what a new run is, and is ignored for an old one.
 
-        Raises `LedgerError` when another process holds it, when it is damaged, or when it was made by
-        another format or with another `meta` (what must not change over a run's life).
+        Raises `LedgerError` when another process holds it, when it is damaged or does not add up, or when it was
+        written in another format; `ConfigError` when the folder cannot be written.
         """
-        try:
-            lock = await asyncio.to_thread(_take_lock, folder)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write the run folder {folder}: {error.strerror}; choose another place"
-            ) from error
+        lock = await asyncio.to_thread(take_lock, folder)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         try:
-            connection = await asyncio.get_running_loop().run_in_executor(thread, _connect, folder / "ledger.sqlite")
+            connection = await asyncio.get_running_loop().run_in_executor(thread, store.connect, folder / _FILE)
             ledger = cls(connection, lock, thread)
-            await ledger._run(lambda: ledger._check_meta(meta))
+            await ledger._do(store.check_meta, {"run": uuid.uuid4().hex, **meta})
             await ledger.balance()
         except BaseException:
             thread.shutdown()
@@ -91,191 +69,114 @@ class Ledger:
             self._thread.shutdown()
             self._lock.close()
 
-    async def issue(self, number: int, task: Task) -> None:
-        """Record that a group is about to be played."""
-        await self._write(
-            "INSERT INTO groups VALUES (?, ?, 'issued', NULL, NULL, NULL)", (number, json.dumps(asdict(task)))
-        )
+    async def meta(self) -> dict[str, Any]:
+        """What the run is: its id under `run`, and what `open` was given when it began."""
+        return await self._do(store.meta)
 
-    async def finish(self, number: int, group: Group) -> None:
-        """Record a played group with all its episodes."""
-        await self._run(lambda: self._finish(number, group))
+    async def amend_meta(self, key: str, value: Any) -> None:
+        """Record a change of what the run is."""
+        await self._do(store.amend_meta, key, value)
+
+    async def use_config(self, config: Mapping[str, Any]) -> None:
+        """Record the configuration of the steps to come."""
+        await self._do(store.use_config, config)
+
+    async def last_config(self) -> dict[str, Any] | None:
+        """The configuration that was used last; None for a new run."""
+        found = await self._do(store.last_config)
+        return None if found is None else found[1]
+
+    async def note(self, line: str) -> None:
+        """Record something that happened to the run, in one line."""
+        await self._do(store.note, line)
+
+    async def events(self) -> list[tuple[int, str]]:
+        """What happened to the run, each with the step after which."""
+        return await self._do(store.events)
+
+    async def issue(self, number: int, task: Task, size: int) -> None:
+        """Record a group and its `size` episodes; they may be dispatched once this returned."""
+        await self._do(store.issue, number, task, size)
+
+    async def end(self, number: int, position: int, episode: Episode) -> None:
+        """Record how an episode ended, with its tokens."""
+        await self._do(store.end, number, position, episode)
+
+    async def finish(self, number: int) -> None:
+        """Record that all episodes of a group ended."""
+        await self._do(store.finish, number)
 
     async def drop(self, number: int, reason: str) -> None:
         """Record that a group will not be trained, and why."""
-        update = "UPDATE groups SET state = 'dropped', reason = ? WHERE number = ? AND state IN ('issued', 'finished')"
-        if await self._write(update, (reason, number)) != 1:
-            raise LedgerError(f"group {number} cannot be dropped: it is not in hand")
+        await self._do(store.drop, number, reason)
 
-    async def train(self, numbers: Sequence[int], step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a learner step and the groups that made it, in one transaction."""
-        await self._run(lambda: self._train(numbers, step, metrics))
+    async def train(
+        self, numbers: Sequence[int], step: int, metrics: Mapping[str, Any], trace: bytes | None = None
+    ) -> None:
+        """Record a learner step and its groups in the order trained; once this returned, no loss of power undoes it."""
+        await self._do(store.train, numbers, step, metrics, trace)
+
+    async def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Complete the metrics of a step, with what came after it was recorded."""
+        await self._do(store.amend, step, metrics)
 
     async def balance(self) -> Balance:
         """The counts; raises `LedgerError` when they do not add up."""
-        return await self._run(self._balance)
+        return await self._do(store.prove)
 
-    async def rewind(self, step: int) -> None:
-        """Go back to the checkpoint of `step`.
+    async def last_step(self) -> int:
+        """The newest recorded step, 0 before the first."""
+        return await self._do(store.last_step)
 
-        Steps after it are forgotten. Their groups, and unused groups with tokens of versions after it, are
-        in hand again, to be played anew: the weights that sampled or trained on them are lost.
-        """
-        await self._run(lambda: self._rewind(step))
+    async def load_step(self, step: int) -> RecordedStep:
+        """A step as it was made, with its groups."""
+        return await self._do(store.load_step, step)
 
-    async def unplayed(self) -> list[tuple[int, Task]]:
-        """Issued groups without episodes, by number."""
-        rows = await self._run(
-            lambda: self._connection.execute(
-                "SELECT number, task FROM groups WHERE state = 'issued' ORDER BY number"
-            ).fetchall()
-        )
-        return [(number, Task(**json.loads(task))) for number, task in rows]
+    async def config_of(self, step: int) -> dict[str, Any]:
+        """The configuration that made a step."""
+        return await self._do(store.config_of, step)
+
+    async def open_groups(self) -> list[OpenGroup]:
+        """Issued groups that are not finished, with the episodes that ended, by number."""
+        return await self._do(store.open_groups)
 
     async def finished(self) -> list[tuple[int, Group]]:
-        """Played groups that are neither trained nor dropped, by number."""
-        return await self._run(self._load_finished)
+        """Finished groups that are neither trained nor dropped, by number."""
+        return await self._do(store.finished)
 
     async def next_number(self) -> int:
         """The first group number that was never issued."""
-        rows = await self._run(
-            lambda: self._connection.execute("SELECT COALESCE(MAX(number) + 1, 0) FROM groups").fetchall()
-        )
-        return int(rows[0][0])
+        return await self._do(store.next_number)
 
     async def steps(self) -> list[dict[str, Any]]:
         """Metrics of all recorded steps, in order."""
-        rows = await self._run(lambda: self._connection.execute("SELECT metrics FROM steps ORDER BY step").fetchall())
-        return [json.loads(row[0]) for row in rows]
+        return await self._do(store.step_metrics)
 
-    async def records(self) -> list[dict[str, Any]]:
-        """The JSON records of all played episodes, by group and position."""
-        query = "SELECT record FROM episodes ORDER BY number, position"
-        rows = await self._run(lambda: self._connection.execute(query).fetchall())
-        return [json.loads(row[0]) for row in rows]
+    async def _do(
+        self,
+        function: Callable[Concatenate[sqlite3.Connection, ArgumentsT], ValueT],
+        *args: ArgumentsT.args,
+        **kwargs: ArgumentsT.kwargs,
+    ) -> ValueT:
+        return await self._run(partial(function, self._connection, *args, **kwargs))
 
     async def _run(self, function: Callable[[], ValueT]) -> ValueT:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
         except sqlite3.Error as error:
             raise LedgerError(
-                f"the ledger cannot be read or written ({error}); free disk space, or restore it"
+                f"the ledger cannot be read or written ({error}); free disk space, make its folder writable, or "
+                "restore it, and run the same command again"
             ) from error
 
-    async def _write(self, statement: str, values: Sequence[Any]) -> int:
-        def run() -> int:
-            with self._connection:
-                return self._connection.execute(statement, values).rowcount
 
-        return await self._run(run)
-
-    def _finish(self, number: int, group: Group) -> None:
-        rows = []
-        newest = -1
-        for position, episode in enumerate(group.episodes):
-            trajectory = episode.trajectory
-            if trajectory is not None and trajectory.num_sampled:
-                newest = max(newest, int(trajectory.versions[trajectory.loss_mask].max()))
-            blob = trajectory_to_bytes(trajectory) if trajectory is not None else None
-            rows.append((number, position, json.dumps(episode_to_json(episode)), blob))
-        with self._connection:
-            update = "UPDATE groups SET state = 'finished', newest_version = ? WHERE number = ? AND state = 'issued'"
-            if self._connection.execute(update, (newest, number)).rowcount != 1:
-                raise LedgerError(f"group {number} finished twice, or was never issued")
-            self._connection.executemany("INSERT INTO episodes VALUES (?, ?, ?, ?)", rows)
-
-    def _train(self, numbers: Sequence[int], step: int, metrics: Mapping[str, Any]) -> None:
-        update = "UPDATE groups SET state = 'trained', step = ? WHERE number = ? AND state = 'finished'"
-        with self._connection:
-            for number in numbers:
-                if self._connection.execute(update, (step, number)).rowcount != 1:
-                    raise LedgerError(f"group {number} cannot be trained: it is not finished and in hand")
-            self._connection.execute("INSERT INTO steps VALUES (?, ?)", (step, json.dumps(metrics)))
-
-    def _balance(self) -> Balance:
-        rows = self._connection.execute("SELECT state, reason, COUNT(*) FROM groups GROUP BY state, reason").fetchall()
-        counts: dict[str, int] = {}
-        dropped: dict[str, int] = {}
-        for state, reason, count in rows:
-            counts[state] = counts.get(state, 0) + count
-            if state == "dropped":
-                dropped[reason] = count
-        in_hand = counts.get("issued", 0) + counts.get("finished", 0)
-        next_number = self._connection.execute("SELECT COALESCE(MAX(number) + 1, 0) FROM groups").fetchone()[0]
-        trained = counts.get("trained", 0)
-        if next_number != trained + sum(dropped.values()) + in_hand:
-            raise LedgerError(
-                f"the ledger does not add up: {next_number} issued, {trained} trained, {dropped} dropped, "
-                f"{in_hand} in hand; restore it, or begin a new run folder"
-            )
-        return Balance(issued=next_number, trained=trained, dropped=dropped, in_hand=in_hand)
-
-    def _rewind(self, step: int) -> None:
-        lost = "state = 'trained' AND step > ? OR state = 'finished' AND newest_version > ?"
-        with self._connection:
-            self._connection.execute(
-                f"DELETE FROM episodes WHERE number IN (SELECT number FROM groups WHERE {lost})", (step, step)
-            )
-            reissue = "UPDATE groups SET state = 'issued', step = NULL, newest_version = NULL WHERE "
-            self._connection.execute(reissue + lost, (step, step))
-            self._connection.execute("DELETE FROM steps WHERE step > ?", (step,))
-
-    def _load_finished(self) -> list[tuple[int, Group]]:
-        query = "SELECT number, task FROM groups WHERE state = 'finished' ORDER BY number"
-        return [
-            (number, self._load_group(number, Task(**json.loads(task))))
-            for number, task in self._connection.execute(query).fetchall()
-        ]
-
-    def _load_group(self, number: int, task: Task) -> Group:
-        query = "SELECT record, trajectory FROM episodes WHERE number = ? ORDER BY position"
-        episodes = tuple(
-            episode_from_json(json.loads(record), trajectory_from_bytes(blob) if blob is not None else None)
-            for record, blob in self._connection.execute(query, (number,))
-        )
-        return Group(id=str(number), task=task, episodes=episodes)
-
-    def _check_meta(self, meta: Mapping[str, Any]) -> None:
-        wanted = {"format": FORMAT, **meta}
-        recorded = {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
-        if not recorded:
-            with self._connection:
-                rows = [(key, json.dumps(value)) for key, value in wanted.items()]
-                self._connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-            return
-        for key, value in wanted.items():
-            if recorded.get(key) != json.loads(json.dumps(value)):
-                raise LedgerError(
-                    f"this run was started with {key} = {recorded.get(key)!r}, not {value!r}; "
-                    "use another run folder, or the settings it was started with"
-                )
+def read_records(run: Path) -> Iterator[dict[str, Any]]:
+    """The JSON records of all ended episodes of a run, one at a time; the run may be going on."""
+    with closing(store.connect_to_read(run / _FILE)) as connection:
+        yield from store.records(connection)
 
 
-def _take_lock(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = path.open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "an unknown process"
-        lock.close()
-        raise LedgerError(f"{folder} is in use by {owner}; wait for it, or choose another run folder") from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()}")
-    lock.flush()
-    return lock
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(path)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.executescript(_SCHEMA)
-    except sqlite3.Error as error:
-        raise LedgerError(
-            f"cannot open {path}: {error}; the file is damaged or its disk is full or read-only"
-        ) from error
-    return connection
+def read_step(run: Path, step: int) -> RecordedStep:
+    """A step of a run, which may be going on; raises `LedgerError` when there is no such step or it is damaged."""
+    with closing(store.connect_to_read(run / _FILE)) as connection:
+        return store.load_step(connection, step)

@@ -32,7 +32,8 @@ class StepRecord:
     """Everything worth plotting about one update.
 
     `use_*` are shares of the step's wall clock: of the engine computing, of the learner computing, and of
-    the episode slots that were inside an environment. `engine_busy_s` is a running total.
+    the episode slots that were inside an environment. `num_turns_cut` are the turns that cut episodes had by
+    then: where they exceed `num_turns`, cutting favours short episodes. `engine_busy_s` is a running total.
     """
 
     step: int
@@ -50,6 +51,7 @@ class StepRecord:
     num_episodes: int
     num_sampled_tokens: int
     num_turns: float
+    num_turns_cut: float
     zero_variance: float
     dropped: Mapping[str, int]
     generated: int
@@ -99,7 +101,8 @@ def summarise_step(
         lag_max=max(lags, default=0),
         num_episodes=len(episodes),
         num_sampled_tokens=sum(e.trajectory.num_sampled for e in episodes if e.trajectory is not None),
-        num_turns=_mean([float(len(e.turns)) for e in episodes]),
+        num_turns=_mean([float(len(e.turns)) for e in episodes if e.outcome is not Outcome.CANCELLED]),
+        num_turns_cut=_mean([float(len(e.turns)) for e in episodes if e.outcome is Outcome.CANCELLED]),
         zero_variance=_mean([float(_has_one_reward(group)) for group in groups]),
         dropped=dict(Counter(dropped)),
         generated=rollouts.num_generated,

@@ -1,7 +1,9 @@
 """Weight sync: carries each published version from the learner to the engine, and proves that it arrived.
 
-Invariant: after `publish` returns, every new token is sampled from the learner's weights. The canary compares
-log-probabilities of fixed sequences on both sides; when they differ, the run stops.
+Invariant: after `publish` returns, every new token is sampled from the learner's weights. Versions rise by the
+learner's count, the engine refuses bytes with another checksum, requests share cached prefixes only within a version
+(each engine's business), and the canary compares log-probabilities of the same sequences on both sides: when they
+differ, or when the engine is nearer to the weights before, the run stops.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palaestra.agents import Engine
 from palaestra.errors import WorkerError
@@ -22,6 +25,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "palaestra-weights-"
 _FIRST_CANARY = tuple(range(1, 33))
 """Ids that every vocabulary has; before the first step there is nothing better to compare on."""
+_CLEAR = 4.0
+"""A step moved the weights visibly when log-probs moved so many times as far as the sides disagree on equal ones."""
+
+Scores = list[NDArray[np.float32]]
 
 
 class WeightSync:
@@ -34,6 +41,8 @@ class WeightSync:
         self._canary_every = canary_every
         self._num_published = 0
         self._canary: Sequence[Sequence[int]] = (_FIRST_CANARY,)
+        self._before: Scores | None = None
+        self._noise: float | None = None
         self._folder: Path | None = None
 
     def __enter__(self) -> WeightSync:
@@ -47,24 +56,31 @@ class WeightSync:
             shutil.rmtree(self._folder)
             self._folder = None
 
-    def set_canary(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Token sequences, each of at least two tokens, on which both sides must agree."""
+    async def prepare(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Before a step: choose what both sides are compared on after it, and remember what the old weights say."""
         self._canary = sequences
+        self._before = await self._learner.score(sequences) if sequences and self._is_due else None
 
     async def publish(self, version: int) -> float | None:
-        """Hand version `version` to the engine; the canary's difference where it ran.
+        """Hand version `version` to the engine; the canary's largest difference, in nats, where it ran.
 
-        Raises `WorkerError` when engine and learner disagree by more than the tolerance (nats).
+        Raises `WorkerError` when the learner is at another version, when engine and learner disagree by more than the
+        tolerance, or when the engine agrees better with the weights before the step.
         """
         if self._folder is None:
             raise RuntimeError("WeightSync must be entered before it publishes")
         folder = self._folder / f"slot{self._num_published % 2}"
-        await self._learner.publish(folder)
-        await self._engine.load_weights(folder, version)
+        published = await self._learner.publish(folder)
+        if published.version != version:
+            raise WorkerError(f"weight sync failed: the learner published version {published.version}, not {version}")
+        await self._engine.load_weights(folder, version, published.checksum or None)
+        is_due = self._is_due
         self._num_published += 1
-        if self._canary and (self._num_published - 1) % self._canary_every == 0:
-            return await self._check(version)
-        return None
+        return await self._check(version) if self._canary and is_due else None
+
+    @property
+    def _is_due(self) -> bool:
+        return self._num_published % self._canary_every == 0
 
     async def _check(self, version: int) -> float:
         theirs = await self._engine.score(self._canary)
@@ -75,7 +91,31 @@ class WeightSync:
                 f"weight sync failed: at version {version} engine and learner disagree by {difference:.3g} nats "
                 f"(allowed {self._tolerance:g}); the engine does not hold the learner's weights"
             )
+        self._check_is_new(version, theirs, ours)
         return difference
+
+    def _check_is_new(self, version: int, theirs: Scores, ours: Scores) -> None:
+        """Refuse an engine that still samples from the weights before, where the step moved them visibly.
+
+        A small step stays within any tolerance; but then a stale engine agrees with the old weights, not the new ones.
+        """
+        disagreement = _distance(theirs, ours)
+        before, self._before = self._before, None
+        if self._noise is None or before is None:
+            self._noise = disagreement
+            return
+        moved, from_old = _distance(ours, before), _distance(theirs, before)
+        if moved > _CLEAR * self._noise and from_old < disagreement:
+            raise WorkerError(
+                f"weight sync failed: at version {version} the engine still holds the weights of the version before: "
+                f"it is {from_old:.3g} nats from those, and {disagreement:.3g} from the published ones"
+            )
+        self._noise = max(self._noise, disagreement)
+
+
+def _distance(left: Scores, right: Scores) -> float:
+    """Mean absolute difference over all tokens, in nats."""
+    return float(np.abs(np.concatenate(left) - np.concatenate(right)).mean())
 
 
 def _sweep(parent: Path) -> None:

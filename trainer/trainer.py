@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,15 +30,20 @@ from palaestra.trainer._model_identity import identity_of
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.fit import Fit, OnStep, Parts, objection_to
-from palaestra.trainer.learner import Learner, LocalLearner
+from palaestra.trainer.fit import Fit, OnStep, Parts
+from palaestra.trainer.learner import Learner, LearnerConfig, LocalLearner
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import one_line
+from palaestra.trainer.resume import resume
 from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.rows import is_trainable, objection_to
+from palaestra.trainer.run_rules import compare
 from palaestra.trainer.sampler import TaskSampler
+from palaestra.trainer.stalls import HasStacks, Stalls
 from palaestra.trainer.sync import WeightSync
 
 BEFORE_FIRST_WEIGHTS = -1
+_SHOWN_EPISODES = 5
 
 OnReady = Callable[[int], Awaitable[None]]
 """Hears the version of the weights that the engine holds."""
@@ -48,21 +53,21 @@ OnReady = Callable[[int], Awaitable[None]]
 class FitResult:
     """How a fit ended: the last version, whether it reached `steps`, and the exported model folder.
 
-    `steps` are the records of all updates, `episodes` those of all episodes played, both as JSON objects.
+    `steps` are the records of all updates, as JSON objects; `palaestra.trainer.ledger.read_records` has the episodes.
     """
 
     version: int
     is_complete: bool
     model: Path
     steps: list[dict[str, Any]]
-    episodes: list[dict[str, Any]]
 
 
 class Trainer:
     """Trains one model by GRPO on environment suites.
 
     `model` is a Hugging Face model folder (or id, where the hub can be reached). `run` is the run folder, a
-    new one under `runs/` by default; an existing one is resumed, if model, suite and seed are the same.
+    new one under `runs/` by default; an existing one is resumed, by the rules of `palaestra.trainer.run_rules`, where
+    `allow` names the declared changes (`suite`) that are wanted. `on_note` hears of what is not plain, a line each.
     """
 
     def __init__(
@@ -72,11 +77,15 @@ class Trainer:
         *,
         run: Path | str | None = None,
         on_step: OnStep | None = None,
+        on_note: Callable[[str], None] | None = None,
+        allow: Collection[str] = (),
     ) -> None:
         self.model = str(model)
         self.config = config or GRPOConfig()
         self.run = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         self._on_step = on_step or (lambda record: print(one_line(record), flush=True))
+        self._say = on_note or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._allow = frozenset(allow)
 
     def fit(self, suite: EnvSuite) -> FitResult:
         """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice leaves now.
@@ -118,7 +127,6 @@ class Trainer:
                 is_complete=parts.learner.version >= self.config.steps,
                 model=self.model_folder,
                 steps=await parts.ledger.steps(),
-                episodes=await parts.ledger.records(),
             )
 
     @property
@@ -149,10 +157,14 @@ class Trainer:
             renderer = open_renderer(self.model, family=config.family)
             meta = {"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed}
             ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
+            await self._take_over(ledger, meta)
             self._write_config(suite)
             learner, engine = await self._open_models(own, engine)
-            checkpoints = Checkpoints(self.run / "checkpoints")
-            await _resume(learner, ledger, checkpoints)
+            recorded = await ledger.meta()
+            checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
+            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=self._say)
+            await ledger.use_config(config.model_dump(mode="json"))
+            await self._drop_unplayable(ledger, suite)
             policy = EnginePolicy(engine, renderer, config.sampling)
             buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
             sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=await ledger.next_number())
@@ -172,17 +184,60 @@ class Trainer:
                     buffer=buffer,
                     rollouts=rollouts,
                     checkpoints=checkpoints,
+                    stalls=self._stalls(learner, engine, buffer, rollouts),
                 )
+
+    async def _take_over(self, ledger: Ledger, meta: Mapping[str, Any]) -> None:
+        """Compare what the run was with what is asked for now; raises `LedgerError` for what may not change."""
+        recorded, before = await ledger.meta(), await ledger.last_config()
+        lines = compare({key: recorded.get(key) for key in meta}, meta, allow=self._allow)
+        if before is not None:
+            lines += compare({"train": before}, {"train": self.config.model_dump(mode="json")}, allow=self._allow)
+        for key, value in meta.items():
+            if recorded.get(key) != value:
+                await ledger.amend_meta(key, value)
+        for line in lines:
+            self._say(line)
+            await ledger.note(line)
+
+    async def _drop_unplayable(self, ledger: Ledger, suite: EnvSuite) -> None:
+        """Groups in hand whose environment has left the suite are dropped by name."""
+        for group in await ledger.open_groups():
+            if group.task.env_id not in suite.weights:
+                await ledger.drop(group.number, "env_removed")
+
+    def _stalls(self, learner: Learner, engine: Engine, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> Stalls:
+        def facts() -> list[str]:
+            ready = f"{len(buffer)} of {self.config.groups_per_step} groups are ready"
+            running = f"{rollouts.num_generating} episodes are running"
+            return [
+                f"the learner holds version {learner.version}",
+                ready,
+                running,
+                *rollouts.describe()[:_SHOWN_EPISODES],
+            ]
+
+        owners = [part for part in (learner, engine) if isinstance(part, HasStacks)]
+        return Stalls(
+            folder=self.run / "logs",
+            report_s=self.config.stall_report_s,
+            facts=facts,
+            stacks=[owner.stacks for owner in owners],
+            say=self._say,
+        )
+
+    async def _open_learner(self, config: LearnerConfig) -> Learner:
+        return await LocalLearner.start(self.model, config, log_path=self.run / "logs" / "learner.log")
 
     async def _open_models(self, own: Resources, engine: Engine | None) -> tuple[Learner, Engine]:
         logs = self.run / "logs"
         config = self.config
-        start_learner = partial(LocalLearner.start, self.model, config.learner, log_path=logs / "learner.log")
+        start_learner = partial(self._open_learner, config.learner)
         start_engine = partial(
             open_engine,
             config.engine,
             self.model,
-            config.engine_config,
+            config.engine_settings,
             logs / "engine.log",
             version=BEFORE_FIRST_WEIGHTS,
         )
@@ -200,6 +255,10 @@ class Trainer:
             concurrency=config.concurrency,
             seed=config.seed,
             max_failure_rate=config.max_failure_rate,
+            max_invalid_rate=config.max_invalid_rate,
+            group_timeout_s=config.group_timeout_s,
+            is_valid=partial(is_trainable, config=config),
+            num_spare=config.num_spare,
         )
 
     def _write_config(self, suite: EnvSuite) -> None:
@@ -211,13 +270,6 @@ class Trainer:
             raise ConfigError(
                 f"cannot write the run folder {self.run}: {error.strerror}; choose another place"
             ) from error
-
-
-async def _resume(learner: Learner, ledger: Ledger, checkpoints: Checkpoints) -> None:
-    newest = checkpoints.newest()
-    if newest is not None:
-        await learner.load(newest)
-    await ledger.rewind(learner.version)
 
 
 @contextmanager

@@ -28,6 +28,9 @@ class EngineConfig(Config):
     """CPU threads of the engine's process; small models gain nothing from a second one."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto` takes a GPU when torch sees one."""
+    batch_invariant: Literal["auto", "always", "never"] = "auto"
+    """Whether each sequence is computed by itself, so that its neighbours change no bit of it; slower, and only with
+    Transformers. `auto` does so in training with mode `sync`: a resumed run then equals an unbroken one to the bit."""
     call_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one call, time in the queue included."""
     start_timeout_s: float = Field(default=300.0, gt=0)

@@ -103,6 +103,10 @@ class ProcessEngine:
         """Process id of the engine's process."""
         return self._worker.pid
 
+    async def stacks(self) -> str:
+        """Where the engine's process is, thread by thread; see `WorkerProcess.stacks`."""
+        return await self._worker.stacks()
+
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
     ) -> Completion:
@@ -146,18 +150,20 @@ class ProcessEngine:
         )
         return scores
 
-    async def load_weights(self, folder: Path, version: int) -> None:
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
         """Replace the weights between two tokens of running requests; see `Engine.load_weights`.
 
         Running requests keep the attention cache that the old weights computed ("in flight"): their later
         tokens follow neither policy exactly, so train on their recorded log-probabilities. Requests that
         come after the load share no cache with earlier ones. Raises `PolicyError`, with the weights
-        unchanged, when `version` does not rise or `folder` does not hold exactly this model's tensors.
+        unchanged, when `version` does not rise, `folder` does not hold exactly this model's tensors, or its
+        `model.safetensors` has another SHA-256 than `checksum`.
         """
         async with self._loading:
             if version <= self._version:
                 raise PolicyError(f"weights of version {version} refused: version {self._version} is loaded")
-            await self._worker.call("load_weights", str(folder), version, timeout_s=self._config.call_timeout_s)
+            arguments = (str(folder), version, checksum)
+            await self._worker.call("load_weights", *arguments, timeout_s=self._config.call_timeout_s)
             self._version = version
 
     async def stats(self) -> EngineStats:

@@ -68,8 +68,8 @@ class EngineService(ABC):
             case "score":
                 self._score(args[0], reply)
             case "load_weights":
-                folder, version = args
-                self._load_weights(folder)
+                folder, version, checksum = args
+                self._load_weights(folder, checksum)
                 self._version = version
                 reply.send(None)
             case "stats":
@@ -100,7 +100,7 @@ class EngineService(ABC):
         """Answer with one array of log-probabilities for each sequence, now or later."""
 
     @abstractmethod
-    def _load_weights(self, folder: str) -> None:
+    def _load_weights(self, folder: str, checksum: str | None) -> None:
         """Replace all weights in place, or raise with none replaced."""
 
     def _finish(self, number: int, stop_reason: Literal["stop", "length"]) -> None:

@@ -61,22 +61,25 @@ class TransformersService(EngineService):
         unknown = self._shapes.keys() - model.state_dict().keys()
         if unknown:
             raise ConfigError(f"transformers renames {min(unknown)} of {setup.model_path}; use the engine 'vllm'")
-        self._batch = Batch(model)
+        self._is_alone = setup.config.batch_invariant == "always"
+        self._batches: list[Batch] = [] if self._is_alone else [Batch(model)]
         self._waiting: deque[Running] = deque()
 
     def work(self) -> bool:
         """One step, while there are requests."""
         started = time.perf_counter()
         self._drop_aborted()
-        if not self._batch.rows and not self._waiting:
+        if not self._num_rows and not self._waiting:
             return False
-        if self._batch.rows:
-            self._take(self._batch.rows, self._batch.step())
-        room = self._config.max_num_seqs - len(self._batch.rows)
+        for batch in self._batches:
+            if batch.rows:
+                self._take(batch.rows, batch.step())
+        self._drop_aborted()
+        room = self._config.max_num_seqs - self._num_rows
         admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        if admitted:
-            rows = [self._row(running) for running in admitted]
-            self._take(rows, self._batch.extend(rows, [running.call.prompt for running in admitted]))
+        for part in [[running] for running in admitted] if self._is_alone else [admitted] if admitted else []:
+            self._admit(part)
+        self._drop_aborted()
         self._busy_s += time.perf_counter() - started
         return True
 
@@ -92,8 +95,9 @@ class TransformersService(EngineService):
     def _score(self, sequences: list[list[int]], reply: Reply) -> None:
         started = time.perf_counter()
         results: list[NDArray[np.float32]] = []
-        for first in range(0, len(sequences), self._config.max_num_seqs):
-            results += self._score_batch(sequences[first : first + self._config.max_num_seqs])
+        count = 1 if self._is_alone else self._config.max_num_seqs
+        for first in range(0, len(sequences), count):
+            results += self._score_batch(sequences[first : first + count])
         self._busy_s += time.perf_counter() - started
         reply.send(results)
 
@@ -106,8 +110,21 @@ class TransformersService(EngineService):
         logprobs_BT = logits_BTV.log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0].cpu().numpy()
         return [row[: len(s) - 1].copy() for row, s in zip(logprobs_BT, sequences, strict=True)]
 
-    def _load_weights(self, folder: str) -> None:
-        self._model.load_state_dict(read_weights(folder, self._shapes, is_tied=self._is_tied), strict=False)
+    def _load_weights(self, folder: str, checksum: str | None) -> None:
+        self._model.load_state_dict(
+            read_weights(folder, self._shapes, is_tied=self._is_tied, checksum=checksum), strict=False
+        )
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(len(batch.rows) for batch in self._batches)
+
+    def _admit(self, admitted: Sequence[Running]) -> None:
+        if self._is_alone:
+            self._batches.append(Batch(self._model))
+        batch = self._batches[-1]
+        rows = [self._row(running) for running in admitted]
+        self._take(rows, batch.extend(rows, [running.call.prompt for running in admitted]))
 
     def _row(self, running: Running) -> Row:
         call = running.call
@@ -124,8 +141,10 @@ class TransformersService(EngineService):
                 self._finish(row.number, "stop")
             elif len(running.ids) >= running.call.max_tokens:
                 self._finish(row.number, "length")
-        self._drop_aborted()
 
     def _drop_aborted(self) -> None:
         """Drop rows whose request finished or was aborted."""
-        self._batch.keep([index for index, row in enumerate(self._batch.rows) if row.number in self._running])
+        for batch in self._batches:
+            batch.keep([index for index, row in enumerate(batch.rows) if row.number in self._running])
+        if self._is_alone:
+            self._batches = [batch for batch in self._batches if batch.rows]

@@ -122,8 +122,8 @@ class VllmService(EngineService):
             self._add(request_id, sequence, sampling)
             self._scoring[request_id] = (scoring, index)
 
-    def _load_weights(self, folder: str) -> None:
-        tensors = read_weights(folder, self._shapes, is_tied=self._is_tied)
+    def _load_weights(self, folder: str, checksum: str | None) -> None:
+        tensors = read_weights(folder, self._shapes, is_tied=self._is_tied, checksum=checksum)
         self._core.model_executor.collective_rpc(_load_into, args=(tensors,))
 
     def _add(self, request_id: str, prompt: list[int], sampling: Any) -> None:

@@ -5,6 +5,8 @@ Torch and safetensors are imported here, so only worker processes import this mo
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,14 +21,20 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 _TIED_HEAD = "lm_head.weight"
 
 
-def read_weights(folder: str | Path, expected: Shapes, *, is_tied: bool) -> dict[str, Tensor]:
+def read_weights(
+    folder: str | Path, expected: Shapes, *, is_tied: bool, checksum: str | None = None
+) -> dict[str, Tensor]:
     """Tensors of all `*.safetensors` in `folder`, which must be exactly `expected` by name and shape.
+
+    Where a `checksum` is given, `model.safetensors` is the only file and has this SHA-256.
 
     A model with tied embeddings may or may not store its head; it is left out. Raises `PolicyError`.
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise PolicyError(f"no model.safetensors in {folder}")
+    if checksum is not None:
+        _check(paths, checksum)
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
@@ -58,6 +66,18 @@ def stored_shapes(model_path: str, *, is_tied: bool) -> Shapes:
     if is_tied:
         shapes.pop(_TIED_HEAD, None)
     return shapes
+
+
+def _check(paths: Sequence[Path], checksum: str) -> None:
+    try:
+        with paths[0].open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PolicyError(f"cannot read weights {paths[0]}: {error}") from error
+    if len(paths) > 1 or found != checksum:
+        raise PolicyError(
+            f"weights in {paths[0].parent} are not the published ones: SHA-256 {found[:12]}, published {checksum[:12]}"
+        )
 
 
 def _difference(found: Shapes, expected: Shapes) -> str:

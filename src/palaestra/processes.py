@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import itertools
 import os
@@ -35,6 +36,7 @@ _PR_SET_PDEATHSIG = 1
 _EXIT_GRACE_S = 1.0
 _LOG_LINES = 8
 _LOG_TAIL_BYTES = 16_384
+_STACK_POLLS, _STACK_POLL_S = 40, 0.05
 
 
 class Reply(Protocol):
@@ -143,6 +145,19 @@ class WorkerProcess:
         if not self._is_dead:
             _write(self._writer, next(self._numbers), (method, args))
 
+    async def stacks(self) -> str:
+        """Where each thread of the child is, as it prints that into its log; a sentence where it does not answer."""
+        if not self.is_alive:
+            return f"{self.name} is not running"
+        size = self.log_path.stat().st_size
+        os.kill(self.pid, signal.SIGUSR1)
+        for _ in range(_STACK_POLLS):
+            await asyncio.sleep(_STACK_POLL_S)
+            text = _read_from(self.log_path, size)
+            if "most recent call first" in text:
+                return text
+        return f"{self.name} did not print its stacks within {_STACK_POLLS * _STACK_POLL_S:g} s"
+
     async def aclose(self, *, timeout_s: float = 5.0) -> None:
         """Close the socket, let the child leave, kill its whole session if it does not. Idempotent."""
         self._exit_grace_s = timeout_s
@@ -230,6 +245,12 @@ def _write(writer: asyncio.StreamWriter, number: int, value: object) -> None:
     writer.write(_HEADER.pack(len(body), number) + body)
 
 
+def _read_from(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(_LOG_TAIL_BYTES).decode(errors="replace")
+
+
 def _tail(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -292,6 +313,7 @@ def _portable(error: BaseException) -> PalaestraError:
 def _main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # answers also while native code computes
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent left
         service = _build(sys.argv[2], channel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -65,12 +66,22 @@ def trajectory_from_bytes(data: bytes) -> Trajectory:
         return Trajectory(**{name: arrays[name] for name in _ARRAYS})
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
     """Write a text file so that it is there as a whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     partial.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk itself: after a loss of power, what was renamed is there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_episodes(path: Path, episodes: Iterable[Episode]) -> None:
@@ -81,7 +92,7 @@ def write_episodes(path: Path, episodes: Iterable[Episode]) -> None:
 def write_records(path: Path, records: Iterable[JsonObject]) -> None:
     """JSON objects, one a line; replaces the file as a whole."""
     # ASCII: an agent's text may hold lone surrogates, which UTF-8 has no bytes for
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, (json.dumps(record) + "\n" for record in records))
 
 
 def read_episodes(path: Path) -> Iterator[Episode]:

@@ -233,6 +233,6 @@ class Group:
 
     @property
     def oldest_version(self) -> int | None:
-        """Oldest policy version of any sampled token in the group; None when no token was sampled."""
-        sampled = [e.trajectory for e in self.episodes if e.trajectory is not None and e.trajectory.num_sampled]
-        return min((t.oldest_version for t in sampled), default=None)
+        """Oldest policy version of any token that can be trained: sampled, in an episode with a reward. Else None."""
+        scored = [e.trajectory for e in self.episodes if e.reward is not None and e.trajectory is not None]
+        return min((t.oldest_version for t in scored if t.num_sampled), default=None)

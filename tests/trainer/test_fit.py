@@ -20,11 +20,15 @@ from palaestra.resources import Resources
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.fit import Fit, Parts, make_rows, objection_to
+from palaestra.trainer.fit import Fit, Parts
+from palaestra.trainer.learner import LearnerConfig
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord
+from palaestra.trainer.resume import resume
 from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
+from palaestra.trainer.stalls import Stalls
 from palaestra.trainer.sync import WeightSync
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Episode, Group, Outcome
@@ -51,6 +55,10 @@ class Run:
         self.engine = ToyEngine(self.choose)
         self.learner = ToyLearner()
         self.records: list[StepRecord] = []
+        self.notes: list[str] = []
+
+    async def open_learner(self, config: LearnerConfig) -> ToyLearner:
+        return ToyLearner()
 
     def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
         tools = self.suite.make("test/Echo-v0").tools
@@ -65,10 +73,15 @@ class Run:
             resources = await stack.enter_async_context(Resources())
             self.ledger = await resources.get("ledger", partial(Ledger.open, self.folder, meta={}))
             checkpoints = Checkpoints(self.folder / "checkpoints")
-            newest = checkpoints.newest()
-            if newest is not None:
-                await self.learner.load(newest)
-            await self.ledger.rewind(self.learner.version)
+            await resume(
+                self.ledger,
+                checkpoints,
+                self.learner,
+                config.learner,
+                open_learner=self.open_learner,
+                say=self.notes.append,
+            )
+            await self.ledger.use_config(config.model_dump(mode="json"))
             self.buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
             sampler = TaskSampler(self.suite, seed=config.seed, next_number=await self.ledger.next_number())
             policy = EnginePolicy(self.engine, self.renderer, Sampling(max_tokens=16))
@@ -78,6 +91,10 @@ class Run:
                 concurrency=config.concurrency,
                 seed=config.seed,
                 max_failure_rate=config.max_failure_rate,
+                max_invalid_rate=config.max_invalid_rate,
+                group_timeout_s=config.group_timeout_s,
+                is_valid=partial(is_trainable, config=config),
+                num_spare=config.num_spare,
             )
             rollouts = RolloutWorkers(
                 self.suite, policy, sampler, self.ledger, resources, plan, on_group=self.buffer.put
@@ -93,6 +110,13 @@ class Run:
                 buffer=self.buffer,
                 rollouts=rollouts,
                 checkpoints=checkpoints,
+                stalls=Stalls(
+                    folder=self.folder / "logs",
+                    report_s=config.stall_report_s,
+                    facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
+                    stacks=[],
+                    say=self.notes.append,
+                ),
             )
             yield Fit(parts, on_step=self.records.append)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palaestra.errors import LedgerError
-from palaestra.trainer.ledger import Ledger
+from palaestra.trainer.ledger import FORMAT, Ledger
 from palaestra.types import Episode, Group, Outcome, Task, Trajectory
 
 
@@ -46,15 +47,23 @@ def make_group(number: int, *, version: int = 0) -> Group:
 
 
 async def open_ledger(folder: Path) -> Ledger:
-    return await Ledger.open(folder, meta={"seed": 1})
+    ledger = await Ledger.open(folder, meta={"seed": 1})
+    await ledger.use_config({"learner": {}})
+    return ledger
+
+
+async def play(ledger: Ledger, number: int, *, version: int = 0) -> None:
+    """End the only episode of an issued group, and so the group."""
+    await ledger.end(number, 0, make_group(number, version=version).episodes[0])
+    await ledger.finish(number)
 
 
 async def test_groups_move_from_issued_to_trained_or_dropped(tmp_path: Path) -> None:
     ledger = await open_ledger(tmp_path)
     for number in range(4):
-        await ledger.issue(number, make_task(number))
+        await ledger.issue(number, make_task(number), 1)
     for number in range(3):
-        await ledger.finish(number, make_group(number))
+        await play(ledger, number)
     await ledger.train([0, 1], 1, {"reward": 0.5})
     await ledger.drop(2, "stale")
     balance = await ledger.balance()
@@ -64,10 +73,10 @@ async def test_groups_move_from_issued_to_trained_or_dropped(tmp_path: Path) -> 
 
 async def test_nothing_is_trained_twice_or_unplayed(tmp_path: Path) -> None:
     ledger = await open_ledger(tmp_path)
-    await ledger.issue(0, make_task(0))
+    await ledger.issue(0, make_task(0), 1)
     with pytest.raises(LedgerError, match="not finished"):
         await ledger.train([0], 1, {})
-    await ledger.finish(0, make_group(0))
+    await play(ledger, 0)
     await ledger.train([0], 1, {})
     with pytest.raises(LedgerError, match="not finished"):
         await ledger.train([0], 2, {})
@@ -79,8 +88,8 @@ async def test_nothing_is_trained_twice_or_unplayed(tmp_path: Path) -> None:
 
 async def test_finished_groups_come_back_byte_equal(tmp_path: Path) -> None:
     ledger = await open_ledger(tmp_path)
-    await ledger.issue(0, make_task(0))
-    await ledger.finish(0, make_group(0))
+    await ledger.issue(0, make_task(0), 1)
+    await play(ledger, 0)
     await ledger.aclose()
     ledger = await open_ledger(tmp_path)
     ((number, group),) = await ledger.finished()
@@ -95,22 +104,99 @@ async def test_finished_groups_come_back_byte_equal(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
-async def test_rewind_takes_lost_steps_back_into_hand(tmp_path: Path) -> None:
+async def test_a_step_comes_back_with_its_groups_in_the_order_trained(tmp_path: Path) -> None:
     ledger = await open_ledger(tmp_path)
-    for number, version in enumerate([0, 1, 2, 3]):
-        await ledger.issue(number, make_task(number))
-        await ledger.finish(number, make_group(number, version=version))
-    await ledger.train([0], 1, {})
-    await ledger.train([1], 2, {})
-    await ledger.rewind(1)
-    assert [number for number, _ in await ledger.unplayed()] == [1, 2, 3]
-    assert len(await ledger.steps()) == 1
-    assert (await ledger.balance()).in_hand == 3
+    for number in range(3):
+        await ledger.issue(number, make_task(number), 1)
+        await play(ledger, number, version=number)
+    await ledger.train([2, 0], 1, {"reward": 0.5}, b"trace")
+    step = await ledger.load_step(1)
+    with pytest.raises(LedgerError, match="no step 2 on record: the run has steps 1 to 1"):
+        await ledger.load_step(2)
+    await ledger.aclose()
+    assert [number for number, _ in step.groups] == [2, 0]
+    assert [group.oldest_version for _, group in step.groups] == [2, 0]
+    assert (step.config, step.metrics, step.trace) == ({"learner": {}}, {"reward": 0.5}, b"trace")
+
+
+async def test_steps_follow_each_other(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    await ledger.issue(0, make_task(0), 1)
+    await play(ledger, 0)
+    with pytest.raises(LedgerError, match="step 2 cannot follow step 0"):
+        await ledger.train([0], 2, {})
+    assert [number for number, _ in await ledger.finished()] == [0], "a refused step takes no group"
     await ledger.aclose()
 
 
+async def test_episodes_that_ended_are_kept_when_their_group_did_not(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    await ledger.issue(0, make_task(0), 3)
+    episode = make_group(0).episodes[0]
+    await ledger.end(0, 1, episode)
+    with pytest.raises(LedgerError, match="2 of its episodes run"):
+        await ledger.finish(0)
+    with pytest.raises(LedgerError, match="ended twice"):
+        await ledger.end(0, 1, episode)
+    await ledger.aclose()
+    ledger = await open_ledger(tmp_path)
+    (group,) = await ledger.open_groups()
+    balance = await ledger.balance()
+    await ledger.aclose()
+    assert (group.number, group.size, group.task) == (0, 3, make_task(0))
+    assert dict(group.ended) == {1: episode}
+    assert (balance.episodes_issued, balance.episodes_ended, balance.in_hand) == (3, 1, 1)
+
+
+async def test_a_changed_byte_of_an_episode_is_found(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    await ledger.issue(0, make_task(0), 1)
+    await play(ledger, 0)
+    await ledger.aclose()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        (blob,) = connection.execute("SELECT trajectory FROM plays").fetchone()
+        connection.execute("UPDATE plays SET trajectory = ?", (blob[:-1] + bytes([blob[-1] ^ 1]),))
+    connection.close()
+    ledger = await open_ledger(tmp_path)
+    with pytest.raises(LedgerError, match=r"episode 0\.0 in the ledger is damaged: its checksum differs"):
+        await ledger.finished()
+    await ledger.aclose()
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "complaint"),
+    [
+        ("DELETE FROM groups WHERE number = 0", "2 groups issued, but 1 trained"),
+        ("DELETE FROM episodes WHERE number = 1", "1 episodes do not fill the groups"),
+        ("DELETE FROM plays WHERE number = 0", "2 episodes ended, but there are 1 records"),
+        ("DELETE FROM steps", "1 groups are trained, but the steps name another number"),
+    ],
+)
+async def test_a_ledger_that_does_not_add_up_is_refused(tmp_path: Path, sabotage: str, complaint: str) -> None:
+    ledger = await open_ledger(tmp_path)
+    for number in range(2):
+        await ledger.issue(number, make_task(number), 1)
+        await play(ledger, number)
+    await ledger.train([1], 1, {})
+    await ledger.aclose()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute(sabotage)
+    connection.close()
+    with pytest.raises(LedgerError, match=f"does not add up: {complaint}"):
+        await open_ledger(tmp_path)
+
+
+async def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
+    await (await open_ledger(tmp_path)).aclose()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
+    connection.close()
+    with pytest.raises(LedgerError, match=f"written in format 1, this version of Palaestra reads format {FORMAT}"):
+        await open_ledger(tmp_path)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(["issue", "finish", "train", "drop", "rewind", "reopen"]), max_size=30))
+@given(st.lists(st.sampled_from(["issue", "finish", "train", "drop", "reopen"]), max_size=30))
 async def test_issued_is_always_trained_plus_dropped_plus_in_hand(
     tmp_path_factory: pytest.TempPathFactory, actions: list[str]
 ) -> None:
@@ -120,20 +206,17 @@ async def test_issued_is_always_trained_plus_dropped_plus_in_hand(
     try:
         for action in actions:
             number = await ledger.next_number()
-            unplayed = [n for n, _ in await ledger.unplayed()]
+            unplayed = [group.number for group in await ledger.open_groups()]
             finished = [n for n, _ in await ledger.finished()]
             if action == "issue":
-                await ledger.issue(number, make_task(number))
+                await ledger.issue(number, make_task(number), 1)
             elif action == "finish" and unplayed:
-                await ledger.finish(unplayed[0], make_group(unplayed[0], version=step))
+                await play(ledger, unplayed[0], version=step)
             elif action == "train" and finished:
                 step += 1
                 await ledger.train(finished[:2], step, {})
             elif action == "drop" and finished:
                 await ledger.drop(finished[-1], "stale")
-            elif action == "rewind":
-                step = max(0, step - 1)
-                await ledger.rewind(step)
             elif action == "reopen":
                 await ledger.aclose()
                 ledger = await open_ledger(folder)
@@ -162,12 +245,6 @@ async def test_second_owner_is_refused_with_the_name_of_the_first(tmp_path: Path
         other.kill()
     ledger = await open_ledger(tmp_path)  # the lock dies with its owner
     await ledger.aclose()
-
-
-async def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    await (await open_ledger(tmp_path)).aclose()
-    with pytest.raises(LedgerError, match="seed = 1, not 2"):
-        await Ledger.open(tmp_path, meta={"seed": 2})
 
 
 async def test_damaged_file_is_one_clear_line(tmp_path: Path) -> None:

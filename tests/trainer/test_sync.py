@@ -21,7 +21,7 @@ async def test_canary_measures_the_largest_difference() -> None:
     engine.wrong_by = 0.01
     with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         assert await sync.publish(0) == pytest.approx(0.01, abs=1e-6), "the first weights are checked too"
-        sync.set_canary([[1, 2, 3]])
+        await sync.prepare([[1, 2, 3]])
         learner.version = 1
         assert await sync.publish(1) == pytest.approx(0.01, abs=1e-6)
 
@@ -30,7 +30,7 @@ async def test_disagreement_stops_with_the_numbers() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = 0.3
     with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
-        sync.set_canary([[1, 2, 3]])
+        await sync.prepare([[1, 2, 3]])
         with pytest.raises(WorkerError, match=r"version 0 engine and learner disagree by 0\.3 nats"):
             await sync.publish(0)
 
@@ -39,7 +39,7 @@ async def test_nan_counts_as_disagreement() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = float("nan")
     with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
-        sync.set_canary([[1, 2]])
+        await sync.prepare([[1, 2]])
         with pytest.raises(WorkerError):
             await sync.publish(0)
 

@@ -20,6 +20,7 @@ from palaestra.envs import EnvSuite
 from palaestra.errors import ungrouped
 from palaestra.records import write_records
 from palaestra.resources import Resources
+from palaestra.trainer.ledger import read_records
 from palaestra.trainer.metrics import StepRecord, one_line
 from palaestra.trainer.progress import Display
 from palaestra.trainer.quickstart._config import QuickstartConfig
@@ -99,7 +100,7 @@ class _Job:
             open_engine,
             config.engine,
             self._folder.base,
-            config.engine_config,
+            config.engine_settings,
             self._folder.logs / "engine.log",
             version=BEFORE_FIRST_WEIGHTS,
         )
@@ -128,7 +129,7 @@ class _Job:
             note.is_done = result.is_complete
         if result.is_complete:
             self._keep_model(trainer.model_folder)
-            write_records(self._folder.path / "episodes" / "train.jsonl", result.episodes)
+            write_records(self._folder.path / "episodes" / "train.jsonl", read_records(self._folder.rl))
         return result
 
     def _keep_model(self, source: Path) -> None:

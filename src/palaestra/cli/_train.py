@@ -25,6 +25,12 @@ def train(
         list[str] | None,
         typer.Option("--import", help="Module of yours to import first; repeatable.", metavar="MODULE"),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", help="A change with which to go on that must be named: suite; repeatable.", metavar="KEY"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per update and a last one.")] = False,
 ) -> None:
     """Train a model by GRPO on a suite of environments; the same command resumes a stopped run."""
@@ -37,7 +43,10 @@ def train(
     def show(record: StepRecord) -> None:
         typer.echo(json.dumps(record.to_json()) if as_json else one_line(record))
 
-    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show)
+    def tell(line: str) -> None:
+        typer.echo(f"palaestra: {line}", err=True)
+
+    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow or ())
     if not as_json:
         typer.echo(f"run folder: {trainer.run}")
     suite, started_s = job.suite.build(), time.monotonic()

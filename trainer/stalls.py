@@ -1,0 +1,177 @@
+"""Stall reports: who waits for whom, since when, and where each of them is in the code.
+
+Invariant: no wait of the loop is silent. One that lasts longer than `report_s` writes a report and says so once, one
+that passes its deadline ends the run with the same report; so does a loop that does not turn, which a thread watches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CoroutineType, FrameType, GeneratorType
+from typing import Any, Protocol, runtime_checkable
+
+from palaestra.errors import WorkerError
+
+_LOOK_S = 1.0
+_SHOWN_STACKS = 12
+
+Facts = Callable[[], Sequence[str]]
+"""Lines on what the parts of a run are doing."""
+Stacks = Callable[[], Awaitable[str]]
+"""The stacks of another process."""
+
+
+@runtime_checkable
+class HasStacks(Protocol):
+    """A part in a process of its own, which can say where it is."""
+
+    async def stacks(self) -> str:
+        """Thread by thread."""
+
+
+@dataclass(slots=True)
+class _Wait:
+    text: str
+    since_s: float
+    is_told: bool = False
+
+
+@dataclass(slots=True)
+class Stalls:
+    """Watches the waits of one run; reports go to `folder`, one line about each to `say`."""
+
+    folder: Path
+    report_s: float
+    facts: Facts
+    stacks: Sequence[Stacks]
+    say: Callable[[str], None]
+    _waits: list[_Wait] = field(default_factory=list)
+    _num_reports: int = 0
+
+    @asynccontextmanager
+    async def wait(self, text: str, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Name a wait, such as `the learner waits for rollouts`; past `timeout_s` it ends in a `WorkerError`."""
+        wait = _Wait(text, time.monotonic())
+        self._waits.append(wait)
+        try:
+            async with asyncio.timeout(timeout_s) as scope:
+                yield
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            path = await self.report()
+            facts = "; ".join(self.facts())
+            raise WorkerError(f"{text}, and did so for {timeout_s:g} s: {facts}; stacks are in {path}") from error
+        finally:
+            self._waits.remove(wait)
+
+    async def watch(self) -> None:
+        """Look at the waits until cancelled."""
+        with _watch_loop(self.folder, self.report_s, self.say) as beat:
+            while True:
+                await asyncio.sleep(_LOOK_S)
+                beat()
+                for wait in self._waits:
+                    waited_s = time.monotonic() - wait.since_s
+                    if waited_s >= self.report_s and not wait.is_told:
+                        wait.is_told = True
+                        self.say(f"{wait.text} for {waited_s:.0f} s by now; who is where: {await self.report()}")
+
+    async def report(self) -> Path:
+        """Write who waits for whom, with the stacks of all tasks and processes; the file."""
+        now_s = time.monotonic()
+        lines = ["# Waits", *(f"{wait.text}, for {now_s - wait.since_s:.1f} s" for wait in self._waits)]
+        lines += ["", "# Parts", *self.facts(), "", "# Tasks", *describe_tasks()]
+        for stacks in self.stacks:
+            lines += ["", "# Process", await stacks()]
+        self._num_reports += 1
+        path = self.folder / f"stall-{self._num_reports}.txt"
+        await asyncio.to_thread(_write, path, "\n".join(lines) + "\n")
+        return path
+
+
+def describe_tasks() -> list[str]:
+    """Where every task of the running loop waits: the commonest places first, then the whole chains of some."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    chains = {task.get_name(): await_chain(task) for task in tasks}
+    places = Counter(chain[-1] for chain in chains.values() if chain)
+    lines = [f"{count} wait in {place}" for place, count in places.most_common()]
+    for name, chain in list(chains.items())[:_SHOWN_STACKS]:
+        lines += ["", f"{name}:", *(f"  {place}" for place in chain)]
+    return lines
+
+
+def await_chain(task: asyncio.Task[Any]) -> list[str]:
+    """The frames of a waiting task from the outermost to where it waits, which `Task.get_stack` does not give."""
+    chain = []
+    awaited: Any = task.get_coro()
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None) or _frame_of(awaited)
+        if frame is None:
+            break
+        chain.append(_describe(frame))
+        if isinstance(awaited, CoroutineType):
+            awaited = awaited.cr_await
+        elif isinstance(awaited, GeneratorType):
+            awaited = awaited.gi_yieldfrom
+        else:
+            awaited = getattr(awaited, "ag_await", None)
+    return chain
+
+
+def _frame_of(awaited: Any) -> FrameType | None:
+    frame: FrameType | None = getattr(awaited, "ag_frame", None)
+    return frame
+
+
+def _describe(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}"
+
+
+@contextmanager
+def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """A thread that reports once when the loop does not turn for `report_s`: what blocks it is no task that waits."""
+    beats = [time.monotonic()]
+    is_over = threading.Event()
+    loop_thread = threading.get_ident()
+
+    def watch() -> None:
+        while not is_over.wait(min(_LOOK_S, report_s / 4)):
+            silent_s = time.monotonic() - beats[0]
+            if silent_s >= report_s:
+                frames = sys._current_frames()
+                stacks = [f"# {'Loop' if ident == loop_thread else 'Thread'} {ident}" for ident in frames]
+                text = "\n".join(
+                    f"{head}\n{''.join(traceback.format_stack(frame))}"
+                    for head, frame in zip(stacks, frames.values(), strict=True)
+                )
+                path = folder / "stall-loop.txt"
+                _write(path, text)
+                say(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks are in {path}")
+                return
+
+    def beat() -> None:
+        beats[0] = time.monotonic()
+
+    thread = threading.Thread(target=watch, name="loop watch", daemon=True)
+    thread.start()
+    try:
+        yield beat
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -1,0 +1,67 @@
+"""The trace of a learner step: its losses, and a fingerprint of every gradient, by which a replay is compared.
+
+Invariant: fingerprints are sums of integers, so they do not depend on the order of adding, nor on the device that adds;
+one changed bit of a gradient changes its fingerprint.
+
+Shape legend: `U` updates of a step, `P` parameters.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """`losses` and `grad_norms` float64, shape (U,); `fingerprints` int64, shape (U, P, 2); `names` of the parameters.
+
+    Gradients are taken before they are clipped.
+    """
+
+    names: tuple[str, ...]
+    losses: NDArray[np.float64]
+    grad_norms: NDArray[np.float64]
+    fingerprints: NDArray[np.int64]
+
+    def to_bytes(self) -> bytes:
+        """Compressed, for the ledger."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            names=np.array(self.names, dtype=np.str_),
+            losses=self.losses,
+            grad_norms=self.grad_norms,
+            fingerprints=self.fingerprints,
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> StepTrace:
+        """Inverse of `to_bytes`."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return StepTrace(
+                names=tuple(str(name) for name in arrays["names"]),
+                losses=arrays["losses"],
+                grad_norms=arrays["grad_norms"],
+                fingerprints=arrays["fingerprints"],
+            )
+
+    def difference(self, other: StepTrace) -> str | None:
+        """The first thing in which another trace differs, by name; None when they agree to the last bit."""
+        if self.names != other.names:
+            return f"the model has other parameters: {len(self.names)} and {len(other.names)}"
+        if len(self.losses) != len(other.losses):
+            return f"{len(self.losses)} updates and {len(other.losses)}"
+        for update in range(len(self.losses)):
+            where = f"update {update + 1} of {len(self.losses)}" if len(self.losses) > 1 else "the update"
+            if self.losses[update] != other.losses[update]:
+                return f"the loss of {where} is {other.losses[update]!r}, was {self.losses[update]!r}"
+            wrong = np.flatnonzero((self.fingerprints[update] != other.fingerprints[update]).any(axis=1))
+            if len(wrong):
+                name = self.names[int(wrong[0])]
+                return f"the gradient of {name} in {where} differs, as do those of {len(wrong) - 1} others"
+        return None
