@@ -69,7 +69,7 @@ def test_no_step_is_nothing_to_compare() -> None:
 
 def fitted(run: Path, *, is_complete: bool = True) -> FitResult:
     steps = [step(number) for number in (1, 2)]
-    return FitResult(version=2, is_complete=is_complete, model=run / "model", steps=steps, episodes=[])
+    return FitResult(version=2, is_complete=is_complete, model=run / "model", steps=steps)
 
 
 JOB = Job.parse({"model": "some/hub-name", "suite": {"weights": {"test/Echo-v0": 1.0}}, "train": {"steps": 2}})

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.toys import WORDS
@@ -74,7 +75,7 @@ def test_a_job_is_measured_proposed_trained_and_compared(folder: Path) -> None:
     assert found["measured"]["player"] == "model"
     assert [level["concurrency"] for level in found["measured"]["engine"]] == [1, 4, 8]
     assert found["predicted"]["proposed"]["step_s"] >= found["predicted"]["proposed"]["ideal_s"] > 0
-    assert set(found["predicted"]["by_mode"]) == {"sync", "async"}
+    assert set(found["predicted"]["by_mode"]) == {"sync", "one-step", "async"}
     kept = json.loads((folder / "runs/a/size.json").read_text())
     assert [each["name"] for each in kept["predictions"]] == ["now", "proposed"]
     again = run(folder, "size", "job.toml", "--write", "new.toml")
@@ -126,10 +127,13 @@ def test_a_model_that_is_not_there_is_one_line(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_load_is_one_line(folder: Path) -> None:
+def test_a_model_that_does_not_load_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    (folder / "tmp").mkdir()
     make_small_model(folder / "model")
-    (folder / "model" / "model.safetensors").write_bytes(b"nothing")
-    assert_one_line(run(folder, "size", "job.toml"), "cannot load")
+    save_file({}, folder / "model" / "model.safetensors")
+    assert_one_line(run(folder, "size", "job.toml"), "model")
+    assert list((folder / "tmp").glob("palaestra-size-*")) == []
 
 
 @pytest.mark.slow

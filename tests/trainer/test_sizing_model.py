@@ -33,7 +33,7 @@ def measurements(**changes: object) -> Measurements:
     return Measurements(**(values | changes))  # type: ignore[arg-type]
 
 
-def setting(mode: Literal["async", "sync"] = "sync", **changes: int) -> Setting:
+def setting(mode: Literal["async", "one-step", "sync"] = "sync", **changes: int) -> Setting:
     values = {"max_lag": 0 if mode == "sync" else 1, "group_size": 2, "groups_per_step": 2, "concurrency": 2}
     return Setting(mode=mode, **{"micro_batch_tokens": 400, **values, **changes})
 
@@ -56,6 +56,15 @@ def test_asynchronous_step_is_the_slower_of_generation_and_learning() -> None:
     assert step.step_s == pytest.approx(0.8)
     assert step.wait_s == pytest.approx(0.0)
     assert step.generation_s == pytest.approx(0.4)
+
+
+def test_one_step_plays_every_batch_to_its_end_while_the_last_one_is_learned() -> None:
+    uneven = measurements(episodes=(episode(num_turns=1, num_sampled=10), episode(num_turns=3, num_sampled=30)))
+    chosen = setting("one-step", groups_per_step=1)
+    # two slots: 10 turns a second each; the longer episode is alone for the last two thirds of its turns
+    assert predict(uneven, chosen).generation_s == pytest.approx(0.1 + 0.2)
+    assert predict(uneven, chosen).step_s == pytest.approx(0.5 + 0.3)
+    assert predict(uneven, setting("async", groups_per_step=1)).generation_s == pytest.approx(4 / 20)
 
 
 def test_contention_takes_from_the_engine_what_learning_costs() -> None:
@@ -152,7 +161,7 @@ measured_st = st.builds(
 )
 settings_st = st.builds(
     setting,
-    st.sampled_from(("sync", "async")),
+    st.sampled_from(("sync", "one-step", "async")),
     group_size=st.integers(2, 6),
     groups_per_step=st.integers(1, 6),
     concurrency=st.integers(1, 48),

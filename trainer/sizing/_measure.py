@@ -80,7 +80,7 @@ async def _open(job: Job, logs: Path, display: Display) -> AsyncIterator[_Bench]
             open_engine,
             config.engine,
             job.model,
-            config.engine_config,
+            config.engine_settings,
             logs / "size-engine.log",
             version=_BEFORE_FIRST_WEIGHTS,
         )
@@ -135,7 +135,7 @@ class _Bench:
         self._sync = sync
         self._resources = resources
         self._watch = Watch(engine, learner)
-        self._num_published = 0
+        self._canaries: list[list[int]] = []
         self._idle_sync_s: list[float] = []
         self._busy_sync_s: list[float] = []
         policy = EnginePolicy(engine, renderer, job.train.sampling)
@@ -144,17 +144,17 @@ class _Bench:
 
     async def run(self, seconds: float, bar: Bar) -> Measurements:
         """All phases."""
-        await self._publish()
+        await self._sync.publish(self._learner.version)
         bar.move_to(0.0, "episodes")
         played = await self._play(_PLAY * seconds)
-        self._sync.set_canary([t.ids.tolist() for t in played.trajectories[:_NUM_CANARIES]])
-        bar.move_to(_PLAY * seconds, "engine")
-        levels, engine_alone = await self._measure_engine(played, _ENGINE * seconds)
-        bar.move_to((_PLAY + _ENGINE) * seconds, "learner")
+        self._canaries = [t.ids.tolist() for t in played.trajectories[:_NUM_CANARIES]]
         bench = LearnerBench(self._learner, played.trajectories, self._config.learner)
+        bar.move_to(_PLAY * seconds, "engine")
+        levels, engine_alone = await self._measure_engine(played, bench, _ENGINE * seconds)
+        bar.move_to((_PLAY + _ENGINE) * seconds, "learner")
         async with self._watch.during() as learner_alone:
             speed = await bench.measure(_LEARNER * seconds)
-        await self._publish()
+        await self._publish(bench)
         bar.move_to((1.0 - _ALONE - _TOGETHER) * seconds, "rollouts alone")
         slots = min(self._config.concurrency, setting_of(self._config).most_slots)
         _, alone = await self._player.play(self._watch, slots=slots, seconds=_ALONE * seconds)
@@ -184,11 +184,15 @@ class _Bench:
         )
         return _calibrated(measured, alone, slots)
 
-    async def _publish(self) -> float:
-        """Hand the learner's weights to the engine, as after a step, which also empties its prefix cache; seconds."""
+    async def _publish(self, bench: LearnerBench) -> float:
+        """Hand new weights to the engine, as after a step, which also empties its prefix cache; seconds without step.
+
+        The weights are new in number alone: see `LearnerBench`.
+        """
+        await self._sync.prepare(self._canaries)
+        await bench.step(1)
         started_s = time.monotonic()
-        await self._sync.publish(self._num_published)
-        self._num_published += 1
+        await self._sync.publish(self._learner.version)
         return time.monotonic() - started_s
 
     async def _play(self, seconds: float) -> _Played:
@@ -231,13 +235,15 @@ class _Bench:
         )
         return _Played(is_model=False, work=work, trajectories=trajectories, notes=(note,))
 
-    async def _measure_engine(self, played: _Played, seconds: float) -> tuple[tuple[EngineLevel, ...], Watched]:
+    async def _measure_engine(
+        self, played: _Played, bench: LearnerBench, seconds: float
+    ) -> tuple[tuple[EngineLevel, ...], Watched]:
         """Tokens per second at rising concurrencies, the better of two rounds; what was watched at the last."""
         prompts = [prompt for trajectory in played.trajectories for prompt in prompts_of(trajectory)]
         counts = level_counts(self._config.engine_config.max_num_seqs)
         best: dict[int, float] = {}
         for count in counts * _NUM_ROUNDS:
-            self._idle_sync_s.append(await self._publish())
+            self._idle_sync_s.append(await self._publish(bench))
             watched = await send_requests(
                 self._engine,
                 prompts,
@@ -266,7 +272,7 @@ class _Bench:
 
         async def keep_learning() -> None:
             taken_s.append(await bench.step(num_rows))
-            self._busy_sync_s.append(await self._publish())
+            self._busy_sync_s.append(await self._publish(bench))
             while True:
                 taken_s.append(await bench.step(num_rows))
 

@@ -3,10 +3,11 @@
 With n turns and m sampled tokens per turn, B = groups_per_step * group_size episodes and X(k) turns per second with k
 episodes under way (`_queue.py`):
 
-    sync:   step = gen + learn + sync,  gen = the time in which `concurrency` slots play B episodes to their end
-    async:  step = sync + max(gen + (1 - 1/e) * l * learn,  l * learn),  gen = B n / X(min(concurrency, max_lag * B))
+    sync:      step = gen + learn + sync,  gen = the time in which `concurrency` slots play B episodes to their end
+    one-step:  step = sync + max(gen + (1 - 1/e) * l * learn,  l * learn),  with the same gen
+    async:     as one-step, with gen = B n / X(min(concurrency, max_lag * B)): the next batch fills the slots
 
-`sync` is measured with an idle engine for the first and a busy one for the second. `e` and `l` are the measured
+`sync` is measured with an idle engine for the first two and a busy one for async. `e` and `l` are the measured
 slowdowns of engine and learner while both work: without any, and with a sync that takes
 no time, async is max(gen, learn). The ideal is max(B n m / R, learn) with R the most tokens per second that the engine
 made: environments, driver, weight sync and contention free, and nothing waiting. No prediction is below it.
@@ -31,12 +32,14 @@ from palaestra.trainer.sizing._queue import drain_s, engine_rates, throughputs
 
 _ORDER_SEED = 0
 
+Mode = Literal["async", "one-step", "sync"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What of a job decides how long its step takes."""
 
-    mode: Literal["async", "sync"]
+    mode: Mode
     max_lag: int
     group_size: int
     groups_per_step: int
@@ -95,12 +98,13 @@ def predict(measured: Measurements, setting: Setting) -> Prediction:
     work = _work(measured, batch)
     learn_s = learning_s(measured, setting, batch)
     tokens = setting.num_episodes * measured.turns_per_episode * measured.tokens_per_turn
-    sync_s = measured.sync_s if setting.mode == "sync" else measured.busy_sync_s
+    is_flowing = setting.mode == "async"
+    sync_s = measured.busy_sync_s if is_flowing else measured.sync_s
+    generation_s = math.fsum(work) / float(turns_per_s[-1]) if is_flowing else drain_s(work, slots, turns_per_s)
+    generation_s *= measured.overhead
     if setting.mode == "sync":
-        generation_s = measured.overhead * drain_s(work, slots, turns_per_s)
         step_s, wait_s = generation_s + learn_s + sync_s, generation_s
     else:
-        generation_s = measured.overhead * math.fsum(work) / float(turns_per_s[-1])
         learn_s *= measured.learner_slowdown
         stolen_s = learn_s * (1.0 - 1.0 / measured.engine_slowdown)
         step_s = sync_s + max(generation_s + stolen_s, learn_s)

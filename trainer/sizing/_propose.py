@@ -1,6 +1,6 @@
 """From measurements to a proposal: which settings, why, and what the step then takes.
 
-Rules, in order: the mode that is faster by at least 5 %, else the one that is set; the micro-batch that learns fastest
+Rules, in order: the fastest mode (of equal ones that with less lag) if it gains 5 %, else the one that is set; the micro-batch that learns fastest
 of those that fit; the fewest episode slots within 2 % of the fastest step (the knee); no more threads than cores. The
 batch stays the user's, because it decides what is learned: what another one would cost is a note.
 """
@@ -80,6 +80,7 @@ def _modes(now: Setting, config: GRPOConfig) -> dict[str, Setting]:
     """The setting in each mode that its loss allows."""
     modes = {"sync": replace(now, mode="sync", max_lag=0)}
     if is_clipped(config.learner.loss.name):
+        modes["one-step"] = replace(now, mode="one-step", max_lag=1)
         modes["async"] = replace(now, mode="async", max_lag=max(1, now.max_lag))
     return modes
 
@@ -195,6 +196,10 @@ def share_of_gpu(memory: GpuMemory, *, now: float) -> float:
 
 def _notes(measured: Measurements, config: GRPOConfig, chosen: Setting, step: Prediction) -> Sequence[str]:
     notes = []
+    if config.num_spare:
+        notes.append(f"the {config.num_spare} spare episodes of each group are not in the prediction")
+    if config.model_copy(update={"mode": chosen.mode}).engine_settings != config.engine_settings:
+        notes.append(f"the engine was measured as it works in mode {config.mode!r}: measure {chosen.mode!r} by itself")
     levels = measured.engine
     if len(levels) > 1 and levels[-1].tokens_per_s > _STILL_RISING * levels[-2].tokens_per_s:
         limit = config.engine_config.max_num_seqs

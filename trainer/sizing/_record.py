@@ -36,7 +36,7 @@ class PredictedSettings:
 
 def conditions_of(model: str, suite: Mapping[str, Any], config: GRPOConfig) -> dict[str, Any]:
     """All that a prediction depends on, by its key in the job's file; JSON values."""
-    learner, engine = config.learner, config.engine_config
+    learner, engine = config.learner, config.engine_settings
     return {
         "model": identity_of(model),
         "suite": dict(suite),
@@ -48,9 +48,27 @@ def conditions_of(model: str, suite: Mapping[str, Any], config: GRPOConfig) -> d
     }
 
 
-_TRAIN_KEYS = ("mode", "max_lag", "group_size", "groups_per_step", "concurrency", "engine", "drop_zero_variance")
+_TRAIN_KEYS = (
+    "mode",
+    "max_lag",
+    "group_size",
+    "num_spare",
+    "groups_per_step",
+    "concurrency",
+    "engine",
+    "drop_zero_variance",
+)
 _LEARNER_KEYS = ("max_micro_batch_tokens", "num_epochs", "num_minibatches", "threads", "device", "precision")
-_ENGINE_KEYS = ("max_num_seqs", "max_model_len", "threads", "device", "dtype", "kv_cache_mb", "gpu_memory_utilization")
+_ENGINE_KEYS = (
+    "max_num_seqs",
+    "max_model_len",
+    "threads",
+    "device",
+    "dtype",
+    "kv_cache_mb",
+    "gpu_memory_utilization",
+    "batch_invariant",
+)
 
 
 def write_size(run: Path, job: Job, proposed: Job, measured: Measurements, proposal: Proposal) -> Path:

@@ -64,19 +64,20 @@ def size(
 
 @contextmanager
 def _logs(run: Path | None) -> Iterator[Path]:
-    """Where the parts log: in the run folder, else in a temporary folder that stays only when one of them failed."""
+    """Where the parts log: in the run folder, else in a temporary folder that stays only where an error names it."""
     if run is not None:
         yield run / "logs"
         return
     folder = Path(tempfile.mkdtemp(prefix="palaestra-size-"))
+    is_named = False
     try:
         yield folder
-    except PalaestraError:
-        raise  # the message names a log in there
-    except BaseException:
-        shutil.rmtree(folder)
+    except PalaestraError as error:
+        is_named = str(folder) in str(error)
         raise
-    shutil.rmtree(folder)
+    finally:
+        if not is_named:
+            shutil.rmtree(folder)
 
 
 def _refuse_existing(path: Path | None) -> None:
