@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
+from palaestra.trainer.sizing._proc import descendants
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.toys import WORDS
 
@@ -103,6 +106,30 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch:
     assert said == "palaestra: interrupted; nothing was kept\n"
     assert not logs.parent.exists()
     assert sorted(path.name for path in folder.iterdir()) == ["job.toml", "model", "my_envs.py", "tmp"]
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_one_line_by_name(folder: Path) -> None:
+    make_small_model(folder / "model")
+    command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60", "--json", "--run", "kept"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        os.kill(find_child(process.pid, "_transformers_worker:build"), signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert len(said.splitlines()) == 1
+    assert said.startswith("palaestra: transformers engine was killed by SIGKILL")
+    assert "kept/logs/size-engine.log" in said
+    assert not (folder / "kept" / "size.json").exists()
+
+
+def find_child(parent: int, target: str) -> int:
+    for _ in range(600):
+        for pid in descendants(parent):
+            with suppress(OSError):
+                if target in Path("/proc", str(pid), "cmdline").read_text():
+                    return pid
+        time.sleep(0.1)
+    raise AssertionError(f"no process below {parent} runs {target}")
 
 
 def wait_for(folder: Path, pattern: str) -> Path:

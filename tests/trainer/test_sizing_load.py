@@ -16,7 +16,9 @@ from palaestra.envs import EnvSuite
 from palaestra.errors import WorkerError
 from palaestra.resources import Resources
 from palaestra.trainer.batch import TrainRow
+from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import LearnerConfig, StepReport
+from palaestra.trainer.sizing._episodes import Played, Stage, play_some
 from palaestra.trainer.sizing._learner_speed import LearnerBench, micro_batch_sizes, scratch_config
 from palaestra.trainer.sizing._load import Player, Watch, send_requests
 from palaestra.trainer.sizing._trace import inputs_of, prompts_of
@@ -113,6 +115,39 @@ async def test_episodes_are_groups_of_one_task_and_all_are_ended(tokenizer: Path
     assert numbers == list(range(len(numbers))), "no episode that was overtaken by shorter ones is missing"
     assert {e.task.id for e in first[:2]} == {first[0].task.id}
     assert int(second[0].id) > numbers[-1], "a later load plays other tasks"
+
+
+async def played(tokenizer: Path, *, fault: str = "", delay_s: float = 0.002, seconds: float = 0.3) -> Played:
+    suite = EnvSuite({"test/Echo-v0": 1.0}, options={"test/Echo-v0": {"fault": fault}})
+    renderer = open_renderer(tokenizer)
+    tools = suite.make("test/Echo-v0").tools
+    engine = OwnEngine(lambda prompt, seed: renderer.encode_reply(call("stop"), tools), delay_s=delay_s)
+    engine.version = 0
+    config = GRPOConfig(group_size=2)
+    async with asyncio.timeout(20), Resources() as own:
+        policy = EnginePolicy(engine, renderer, Sampling(max_tokens=16))
+        player = Player(suite, policy, own, group_size=2, seed=0)
+        return await play_some(Stage(suite, renderer, own, config), player, Watch(engine, OwnLearner()), seconds)
+
+
+async def test_the_models_own_episodes_are_measured(tokenizer: Path) -> None:
+    found = await played(tokenizer)
+    assert found.is_model
+    assert {work.num_turns for work in found.work} == {1}
+    assert [work.num_sampled for work in found.work] == [t.num_sampled for t in found.trajectories]
+
+
+async def test_the_expert_plays_where_the_model_is_too_slow(tokenizer: Path) -> None:
+    found = await played(tokenizer, delay_s=60.0, seconds=0.05)
+    assert not found.is_model
+    assert {work.num_turns for work in found.work} == {2}, "it says the word, then stops"
+    assert "fewer than 2 episodes of the model ended" in found.notes[0]
+
+
+async def test_environments_that_fail_end_the_measurement_with_their_reason(tokenizer: Path) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await played(tokenizer, fault="begin", seconds=10.0)
+    assert caught.group_contains(WorkerError, match="16 episodes in a row failed on our side, in test/Echo-v0: Sandbox")
 
 
 async def test_a_learner_is_timed_in_each_size_without_learning() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from palaestra.agents import Engine, Policy, Sampling, episode_seed, run_episode
 from palaestra.envs import EnvSuite
+from palaestra.errors import WorkerError
 from palaestra.resources import Resources
 from palaestra.trainer.learner import Learner
 from palaestra.trainer.sizing._proc import cpu_seconds, descendants, machine_seconds, tree_seconds
@@ -25,6 +26,7 @@ Slot = Callable[[], Coroutine[Any, Any, None]]
 """Goes on until it is cancelled."""
 
 _ENOUGH = 2
+_MOST_FAILED = 16
 _WARM_UP_SHARE = 0.15
 """Of a load's seconds: its slots start together, and together they do nothing but read their prompts."""
 
@@ -103,6 +105,7 @@ class Player:
         self._group_size = group_size
         self._seed = seed
         self._next_number = 0
+        self._num_failed = 0
 
     async def play(self, watch: Watch, *, slots: int, seconds: float) -> tuple[list[Episode], Watched]:
         """Episodes that ended within `seconds`, with `slots` of them always under way, and what was watched.
@@ -117,12 +120,20 @@ class Player:
             while True:
                 number = next(numbers)
                 ended[number] = await self._play_one(number)
+                self._watch_failures(ended[number])
+                await asyncio.sleep(0)  # episodes that fail at once would leave nobody else a turn
 
         watched = await _for_a_while([keep_playing] * slots, watch, seconds)
         self._next_number = next(numbers)
         unbiased = list(itertools.takewhile(ended.__contains__, itertools.count(first)))
         chosen = unbiased if len(unbiased) >= _ENOUGH else sorted(ended)
         return [ended[number] for number in chosen], watched
+
+    def _watch_failures(self, episode: Episode) -> None:
+        self._num_failed = self._num_failed + 1 if episode.failure is not None else 0
+        if episode.failure is not None and self._num_failed >= _MOST_FAILED:
+            reason = f"{episode.failure.kind}: {episode.failure.message}"
+            raise WorkerError(f"{self._num_failed} episodes in a row failed on our side, in {episode.env_id}: {reason}")
 
     async def _play_one(self, number: int) -> Episode:
         task = self._suite.draw(number // self._group_size, seed=self._seed)

@@ -7,10 +7,9 @@ returns or raises, and nothing that was trained is kept.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,33 +22,28 @@ from palaestra.agents import EnginePolicy, Renderer
 from palaestra.agents.engines import open_engine
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
-from palaestra.errors import ConfigError, TaskError, WorkerError, ungrouped
+from palaestra.errors import ConfigError, ungrouped
 from palaestra.resources import Resources
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.demonstrations import collect, tokenize
 from palaestra.trainer.job import Job
 from palaestra.trainer.learner import LocalLearner
 from palaestra.trainer.progress import Bar, Display
+from palaestra.trainer.sizing._episodes import Played, Stage, play_some
 from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed, scratch_config
 from palaestra.trainer.sizing._load import EngineProcess, LearnerProcess, Player, Watch, Watched, send_requests
-from palaestra.trainer.sizing._measured import EngineLevel, EpisodeWork, GpuMemory, Measurements
+from palaestra.trainer.sizing._measured import EngineLevel, GpuMemory, LearnerLevel, Measurements
 from palaestra.trainer.sizing._model import episode_flow, setting_of
-from palaestra.trainer.sizing._trace import inputs_of, prompts_of
+from palaestra.trainer.sizing._trace import prompts_of
 from palaestra.trainer.sync import WeightSync
-from palaestra.types import Episode, Trajectory
 
-_PLAY, _ENGINE, _LEARNER, _ALONE, _TOGETHER = 0.25, 0.3, 0.15, 0.15, 0.15
-"""Shares of the budget: episodes few at a time, engine levels, learner, rollouts as in training, and with learning."""
+_PLAY, _ENGINE, _LEARNER, _ROLLOUTS = 0.25, 0.3, 0.15, 0.3
+"""Shares of the budget: episodes few at a time, engine levels, learner, rollouts as in training."""
 
-_FEW_SLOTS = 4
 _LEVEL_FACTOR = 4
 _NUM_ROUNDS = 2
 """Other work on the machine only ever slows: the better of two rounds is nearer to the engine's own speed."""
 
 _QUIET_CORES = 0.25
-_NUM_EXPERT_EPISODES = 8
-_ENOUGH_EPISODES = 2
-_FEW_EPISODES = 16
 _NUM_CANARIES = 2
 _BEFORE_FIRST_WEIGHTS = -1
 _MIB = 1 << 20
@@ -104,16 +98,6 @@ async def _start_environments(suite: EnvSuite, resources: Resources) -> None:
             await env.aclose()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Played:
-    """Whose episodes are looked at, what they were made of, and their tokens."""
-
-    is_model: bool
-    work: tuple[EpisodeWork, ...]
-    trajectories: tuple[Trajectory, ...]
-    notes: tuple[str, ...]
-
-
 class _Bench:
     """The running parts and the phases of the measurement."""
 
@@ -146,7 +130,8 @@ class _Bench:
         """All phases."""
         await self._sync.publish(self._learner.version)
         bar.move_to(0.0, "episodes")
-        played = await self._play(_PLAY * seconds)
+        stage = Stage(self._suite, self._renderer, self._resources, self._config)
+        played = await play_some(stage, self._player, self._watch, _PLAY * seconds)
         self._canaries = [t.ids.tolist() for t in played.trajectories[:_NUM_CANARIES]]
         bench = LearnerBench(self._learner, played.trajectories, self._config.learner)
         bar.move_to(_PLAY * seconds, "engine")
@@ -155,17 +140,15 @@ class _Bench:
         async with self._watch.during() as learner_alone:
             speed = await bench.measure(_LEARNER * seconds)
         await self._publish(bench)
-        bar.move_to((1.0 - _ALONE - _TOGETHER) * seconds, "rollouts alone")
+        bar.move_to((1.0 - _ROLLOUTS) * seconds, "rollouts, alone and with learning")
         slots = min(self._config.concurrency, setting_of(self._config).most_slots)
-        _, alone = await self._player.play(self._watch, slots=slots, seconds=_ALONE * seconds)
-        bar.move_to((1.0 - _TOGETHER) * seconds, "rollouts and learning together")
-        together, learner_slowdown = await self._together(bench, speed, slots, _TOGETHER * seconds)
+        rollouts = await self._measure_rollouts(bench, speed, slots, _ROLLOUTS * seconds)
         bar.move_to(seconds)
         cores = {
             "engine alone": engine_alone.cores,
             "learner alone": learner_alone.cores,
-            "rollouts alone": alone.cores,
-            "together": together.cores,
+            "rollouts alone": rollouts.alone.cores,
+            "together": rollouts.together.cores,
         }
         measured = Measurements(
             player="model" if played.is_model else "expert",
@@ -175,14 +158,14 @@ class _Bench:
             learner_update_s=speed.update_s,
             sync_s=median(self._idle_sync_s),
             busy_sync_s=median(self._busy_sync_s or self._idle_sync_s),
-            engine_slowdown=max(1.0, alone.tokens_per_s / max(together.tokens_per_s, 1e-9)) if alone.tokens else 1.0,
-            learner_slowdown=learner_slowdown,
+            engine_slowdown=rollouts.engine_slowdown,
+            learner_slowdown=rollouts.learner_slowdown,
             num_cores=len(os.sched_getaffinity(0)),
             gpu_memory=_gpu_memory(self._config),
             cores=cores,
             notes=(*played.notes, *speed.notes, *_noise(cores)),
         )
-        return _calibrated(measured, alone, slots)
+        return _calibrated(measured, rollouts.alone, slots)
 
     async def _publish(self, bench: LearnerBench) -> float:
         """Hand new weights to the engine, as after a step, which also empties its prefix cache; seconds without step.
@@ -195,48 +178,8 @@ class _Bench:
         await self._sync.publish(self._learner.version)
         return time.monotonic() - started_s
 
-    async def _play(self, seconds: float) -> _Played:
-        """Episodes of the model, few at a time; the expert's where fewer than two ended."""
-        slots = min(_FEW_SLOTS, self._config.concurrency)
-        episodes, _ = await self._player.play(self._watch, slots=slots, seconds=seconds)
-        usable = [e for e in episodes if e.trajectory is not None and e.turns and e.failure is None]
-        if episodes and not usable:
-            failure = next((e.failure for e in episodes if e.failure is not None), None)
-            reason = f"{failure.kind}: {failure.message}" if failure is not None else "no turn was taken"
-            raise WorkerError(f"none of {len(episodes)} episodes can be measured; the first: {reason}")
-        if len(usable) < _ENOUGH_EPISODES:
-            return await self._play_expert(seconds)
-        trajectories = tuple(e.trajectory for e in usable if e.trajectory is not None)
-        work = tuple(_work_of(e, t) for e, t in zip(usable, trajectories, strict=True))
-        return _Played(is_model=True, work=work, trajectories=trajectories, notes=tuple(_doubts(usable)))
-
-    async def _play_expert(self, seconds: float) -> _Played:
-        episodes: dict[str, Episode] = {}
-        try:
-            demonstrations = await collect(
-                self._suite,
-                _NUM_EXPERT_EPISODES,
-                skill=1.0,
-                seed=self._config.seed,
-                resources=self._resources,
-                on_episode=lambda episode: episodes.update({episode.task.id: episode}),
-            )
-        except TaskError as error:
-            raise ConfigError(
-                f"fewer than {_ENOUGH_EPISODES} episodes of the model ended within {seconds:.0f} s, and no expert can "
-                f"play instead ({error}); give more time with --seconds"
-            ) from error
-        trajectories = tuple(tokenize(demonstrations, self._renderer))
-        played = [episodes[demonstration.task_id] for demonstration in demonstrations]
-        work = tuple(_work_of(e, t) for e, t in zip(played, trajectories, strict=True))
-        note = (
-            f"fewer than {_ENOUGH_EPISODES} episodes of the model ended within {seconds:.0f} s: lengths are those of "
-            "the scripted expert; give more time with --seconds"
-        )
-        return _Played(is_model=False, work=work, trajectories=trajectories, notes=(note,))
-
     async def _measure_engine(
-        self, played: _Played, bench: LearnerBench, seconds: float
+        self, played: Played, bench: LearnerBench, seconds: float
     ) -> tuple[tuple[EngineLevel, ...], Watched]:
         """Tokens per second at rising concurrencies, the better of two rounds; what was watched at the last."""
         prompts = [prompt for trajectory in played.trajectories for prompt in prompts_of(trajectory)]
@@ -259,28 +202,66 @@ class _Bench:
             raise ConfigError(f"the engine sampled no token in {seconds:.0f} s: give more time with --seconds")
         return tuple(EngineLevel(concurrency=count, tokens_per_s=best[count]) for count in sorted(best)), watched
 
-    async def _together(
+    async def _measure_rollouts(
         self, bench: LearnerBench, speed: LearnerSpeed, slots: int, seconds: float
-    ) -> tuple[Watched, float]:
-        """Rollouts while the learner steps: what was watched, and how much slower the steps were than alone."""
-        level = next(
-            (each for each in reversed(speed.levels) if each.tokens * each.token_s < seconds / 4), speed.levels[0]
-        )
-        num_rows = bench.num_rows(level.tokens)
-        alone_s = speed.update_s + level.tokens * level.token_s
+    ) -> _Rollouts:
+        """Rollouts by themselves and beside a learner that steps, in turns; the better of two rounds of each."""
+        share_s = seconds / (2 * _NUM_ROUNDS)
+        level = next((one for one in reversed(speed.levels) if _step_s(one, speed) < share_s / 4), speed.levels[0])
+        alone: list[Watched] = []
+        together: list[Watched] = []
         taken_s: list[float] = []
+        for _ in range(_NUM_ROUNDS):
+            alone.append((await self._player.play(self._watch, slots=slots, seconds=share_s))[1])
+            watched, step_s = await self._play_and_learn(bench, level.tokens, slots, share_s)
+            together.append(watched)
+            taken_s.append(step_s)
+        return _Rollouts(
+            alone=max(alone, key=lambda watched: watched.tokens_per_s),
+            together=max(together, key=lambda watched: watched.tokens_per_s),
+            learner_slowdown=max(1.0, min(taken_s) / _step_s(level, speed)),
+        )
+
+    async def _play_and_learn(
+        self, bench: LearnerBench, size: int, slots: int, seconds: float
+    ) -> tuple[Watched, float]:
+        """Rollouts while the learner steps: what was watched, and the median of the steps' seconds."""
+        num_rows = bench.num_rows(size)
+        taken_s: list[float] = []
+
+        over = asyncio.Event()
 
         async def keep_learning() -> None:
             taken_s.append(await bench.step(num_rows))
             self._busy_sync_s.append(await self._publish(bench))
-            while True:
+            while not over.is_set():  # not cancelled: the learner would go on with its step all the same
                 taken_s.append(await bench.step(num_rows))
 
         async with asyncio.TaskGroup() as tasks:
-            learning = tasks.create_task(keep_learning())
+            tasks.create_task(keep_learning())
             _, watched = await self._player.play(self._watch, slots=slots, seconds=seconds)
-            learning.cancel()
-        return watched, max(1.0, median(taken_s) / alone_s) if taken_s else 1.0
+            over.set()
+        return watched, median(taken_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rollouts:
+    """Rollouts alone and beside a learner, and how much slower its steps were than alone."""
+
+    alone: Watched
+    together: Watched
+    learner_slowdown: float
+
+    @property
+    def engine_slowdown(self) -> float:
+        """How much slower the engine was beside the learner; 1 where it sampled too little to tell."""
+        if not self.alone.tokens or not self.together.tokens:
+            return 1.0
+        return max(1.0, self.alone.tokens_per_s / self.together.tokens_per_s)
+
+
+def _step_s(level: LearnerLevel, speed: LearnerSpeed) -> float:
+    return speed.update_s + level.tokens * level.token_s
 
 
 def level_counts(most: int) -> list[int]:
@@ -306,28 +287,6 @@ def _calibrated(measured: Measurements, rollouts: Watched, slots: int) -> Measur
     measured = replace(measured, driver_s=rollouts.driver_s / num_turns)
     expected = float(episode_flow(measured, slots)[-1]) * measured.tokens_per_turn
     return replace(measured, overhead=max(1.0, expected / rollouts.tokens_per_s))
-
-
-def _work_of(episode: Episode, trajectory: Trajectory) -> EpisodeWork:
-    return EpisodeWork(
-        num_turns=len(episode.turns),
-        num_sampled=trajectory.num_sampled,
-        num_inputs=inputs_of(trajectory),
-        env_s=episode.timings.get("env_s", math.fsum(turn.env_s for turn in episode.turns)),
-    )
-
-
-def _doubts(episodes: Sequence[Episode]) -> list[str]:
-    """What makes the model's episodes a weak basis."""
-    doubts = []
-    if len(episodes) < _FEW_EPISODES:
-        doubts.append(f"only {len(episodes)} episodes ended in time: lengths are rough; give more time with --seconds")
-    if not any(turn.num_calls > turn.num_invalid_calls for episode in episodes for turn in episode.turns):
-        doubts.append(
-            "the model made no valid call, so its episodes do not use the environments; once it learns to, turns and "
-            "environment time grow: measure again then"
-        )
-    return doubts
 
 
 def _noise(cores: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -1,8 +1,9 @@
 """From measurements to a proposal: which settings, why, and what the step then takes.
 
-Rules, in order: the fastest mode (of equal ones that with less lag) if it gains 5 %, else the one that is set; the micro-batch that learns fastest
-of those that fit; the fewest episode slots within 2 % of the fastest step (the knee); no more threads than cores. The
-batch stays the user's, because it decides what is learned: what another one would cost is a note.
+Rules, in order: the fastest mode (of equal ones that with less lag) if it gains 5 %, else the one that is set; the
+micro-batch that learns fastest of those that fit, if that gains 5 %; the fewest episode slots within 2 % of the fastest
+step (the knee); no more threads than cores. The batch stays the user's, because it decides what is learned: what
+another one would cost is a note.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from palaestra.trainer.sizing._measured import GpuMemory, Measurements
 from palaestra.trainer.sizing._model import Prediction, Setting, predict, setting_of
 
 _WORTH_A_MODE = 0.05
-_WORTH_A_CHANGE = 0.02
+_WORTH_A_SIZE = 0.05
+_WORTH_A_SLOT = 0.02
 _STILL_RISING = 1.1
 _IDLE_ENGINE = 0.6
 _CHEAP_DOUBLING = 1.7
@@ -99,7 +101,7 @@ def _best_micro_batch(measured: Measurements, setting: Setting) -> int:
     learn_s = {size: predict(measured, replace(setting, micro_batch_tokens=size)).learn_s for size in sorted(sizes)}
     best = min(learn_s, key=lambda size: learn_s[size])
     kept = learn_s.get(setting.micro_batch_tokens, math.inf)
-    return setting.micro_batch_tokens if kept <= (1 + _WORTH_A_CHANGE) * learn_s[best] else best
+    return setting.micro_batch_tokens if kept <= (1 + _WORTH_A_SIZE) * learn_s[best] else best
 
 
 def _knee(measured: Measurements, setting: Setting) -> int:
@@ -107,7 +109,7 @@ def _knee(measured: Measurements, setting: Setting) -> int:
     most = setting.most_slots
     counts = sorted({*(2**power for power in range(most.bit_length())), min(setting.concurrency, most), most})
     step_s = {count: predict(measured, replace(setting, concurrency=count)).step_s for count in counts}
-    limit_s = (1 + _WORTH_A_CHANGE) * min(step_s.values())
+    limit_s = (1 + _WORTH_A_SLOT) * min(step_s.values())
     knee = next(count for count in counts if step_s[count] <= limit_s)
     present = setting.concurrency
     return present if knee <= present <= 2 * knee and step_s.get(present, math.inf) <= limit_s else knee
