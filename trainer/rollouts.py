@@ -75,6 +75,7 @@ class RolloutWorkers:
         self._failures = FailureWatch(plan.max_failure_rate, plan.max_invalid_rate, is_valid=plan.is_valid)
         self._running: dict[str, tuple[str, float]] = {}
         self.num_generated = 0
+        """Episodes that ended in the life of the run; those with a reward are in `num_verified`."""
         self.num_verified = 0
 
     @property
@@ -92,6 +93,8 @@ class RolloutWorkers:
         """Play `resumed` groups to their end, then new ones as there is room; `num_waiting` are already in hand."""
         self._num_in_hand = len(resumed) + num_waiting
         self._num_playing = len(resumed)
+        balance = await self._ledger.balance()
+        self.num_generated, self.num_verified = balance.episodes_ended, balance.episodes_scored
         async with asyncio.TaskGroup() as tasks:
             for group in resumed:
                 tasks.create_task(self._play_group(group), name=f"group {group.number}")

@@ -12,12 +12,12 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CoroutineType, FrameType, GeneratorType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from palaestra.errors import WorkerError
 
@@ -26,16 +26,17 @@ _SHOWN_STACKS = 12
 
 Facts = Callable[[], Sequence[str]]
 """Lines on what the parts of a run are doing."""
-Stacks = Callable[[], Awaitable[str]]
-"""The stacks of another process."""
 
 
 @runtime_checkable
-class HasStacks(Protocol):
-    """A part in a process of its own, which can say where it is."""
+class ProcessPart(Protocol):
+    """A part in a process of its own."""
+
+    async def watch(self) -> NoReturn:
+        """Wait for its end, and raise `WorkerError` by name."""
 
     async def stacks(self) -> str:
-        """Thread by thread."""
+        """Where it is, thread by thread."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Stalls:
     folder: Path
     report_s: float
     facts: Facts
-    stacks: Sequence[Stacks]
+    processes: Sequence[ProcessPart]
     say: Callable[[str], None]
     _waits: list[_Wait] = field(default_factory=list)
     _num_reports: int = 0
@@ -75,7 +76,13 @@ class Stalls:
             self._waits.remove(wait)
 
     async def watch(self) -> None:
-        """Look at the waits until cancelled."""
+        """Look at the waits until cancelled; a process that ends ends this by name, also while nobody calls it."""
+        async with asyncio.TaskGroup() as tasks:
+            for process in self.processes:
+                tasks.create_task(process.watch(), name="process watch")
+            await self._look()
+
+    async def _look(self) -> None:
         with _watch_loop(self.folder, self.report_s, self.say) as beat:
             while True:
                 await asyncio.sleep(_LOOK_S)
@@ -91,8 +98,8 @@ class Stalls:
         now_s = time.monotonic()
         lines = ["# Waits", *(f"{wait.text}, for {now_s - wait.since_s:.1f} s" for wait in self._waits)]
         lines += ["", "# Parts", *self.facts(), "", "# Tasks", *describe_tasks()]
-        for stacks in self.stacks:
-            lines += ["", "# Process", await stacks()]
+        for process in self.processes:
+            lines += ["", "# Process", await process.stacks()]
         self._num_reports += 1
         path = self.folder / f"stall-{self._num_reports}.txt"
         await asyncio.to_thread(_write, path, "\n".join(lines) + "\n")

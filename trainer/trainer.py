@@ -39,7 +39,7 @@ from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
 from palaestra.trainer.rows import is_trainable, objection_to
 from palaestra.trainer.run_rules import compare
 from palaestra.trainer.sampler import TaskSampler
-from palaestra.trainer.stalls import HasStacks, Stalls
+from palaestra.trainer.stalls import ProcessPart, Stalls
 from palaestra.trainer.sync import WeightSync
 
 BEFORE_FIRST_WEIGHTS = -1
@@ -162,7 +162,8 @@ class Trainer:
             learner, engine = await self._open_models(own, engine)
             recorded = await ledger.meta()
             checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
-            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=self._say)
+            tell = partial(self._tell, ledger)
+            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=tell)
             await ledger.use_config(config.model_dump(mode="json"))
             await self._drop_unplayable(ledger, suite)
             policy = EnginePolicy(engine, renderer, config.sampling)
@@ -197,8 +198,11 @@ class Trainer:
             if recorded.get(key) != value:
                 await ledger.amend_meta(key, value)
         for line in lines:
-            self._say(line)
-            await ledger.note(line)
+            await self._tell(ledger, line)
+
+    async def _tell(self, ledger: Ledger, line: str) -> None:
+        self._say(line)
+        await ledger.note(line)
 
     async def _drop_unplayable(self, ledger: Ledger, suite: EnvSuite) -> None:
         """Groups in hand whose environment has left the suite are dropped by name."""
@@ -217,12 +221,11 @@ class Trainer:
                 *rollouts.describe()[:_SHOWN_EPISODES],
             ]
 
-        owners = [part for part in (learner, engine) if isinstance(part, HasStacks)]
         return Stalls(
             folder=self.run / "logs",
             report_s=self.config.stall_report_s,
             facts=facts,
-            stacks=[owner.stacks for owner in owners],
+            processes=[part for part in (learner, engine) if isinstance(part, ProcessPart)],
             say=self._say,
         )
 
