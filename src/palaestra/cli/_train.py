@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from palaestra.envs import EnvSuite
+    from palaestra.trainer import Trainer
+    from palaestra.trainer.trainer import FitResult
 
 
 def train(
@@ -43,13 +49,25 @@ def train(
     trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow or ())
     if not as_json:
         typer.echo(f"run folder: {trainer.run}")
+    suite, started_s = job.suite.build(), time.monotonic()
     with interruptible("the same command goes on from the last checkpoint"):
-        result = trainer.fit(job.suite.build())
-    summary = {"run": str(trainer.run), "version": result.version, "complete": result.is_complete}
+        result = trainer.fit(suite)
+    report = _report(trainer, suite, result, time.monotonic() - started_s)
+    summary = {"run": str(trainer.run), "version": result.version, "complete": result.is_complete, "report": report}
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         state = "done" if result.is_complete else "stopped; the same command goes on from there"
         typer.echo(f"version {result.version}: {state}. The model is in {result.model}")
+        typer.echo(f"report: {report}")
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
+
+
+def _report(trainer: Trainer, suite: EnvSuite, result: FitResult, seconds: float) -> str:
+    from palaestra.trainer.report import write_run_report  # behind Matplotlib
+
+    page = write_run_report(
+        trainer.run, result, model=trainer.model, suite=suite.describe(), config=trainer.config, seconds=seconds
+    )
+    return str(page)
