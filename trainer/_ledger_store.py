@@ -44,7 +44,10 @@ CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, step INTEGER NOT NULL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """Counts of groups and episodes; scored ones have a reward. A ledger has issued = trained + dropped + in_hand."""
+    """Counts of groups and episodes. `issued = trained + dropped + in_hand` or the ledger is refused.
+
+    `episodes_verified` are those with a reward.
+    """
 
     issued: int
     trained: int
@@ -52,7 +55,7 @@ class Balance:
     in_hand: int
     episodes_issued: int
     episodes_ended: int
-    episodes_scored: int
+    episodes_verified: int
     steps: int
 
 
@@ -308,7 +311,7 @@ def prove(connection: sqlite3.Connection) -> Balance:
         in_hand=counts.get("issued", 0) + counts.get("finished", 0),
         episodes_issued=one("SELECT COUNT(*) FROM episodes"),
         episodes_ended=one("SELECT COUNT(*) FROM episodes WHERE outcome IS NOT NULL"),
-        episodes_scored=one("SELECT COUNT(*) FROM episodes WHERE outcome IN ('scored', 'truncated')"),
+        episodes_verified=one("SELECT COUNT(*) FROM episodes WHERE outcome IN ('scored', 'truncated')"),
         steps=last_step(connection),
     )
     complaint = _complaint(connection, balance)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,7 +66,7 @@ class Fit:
         self._parts = parts
         self._on_step = on_step
         self._clock = clock
-        self._dropped: list[Dropped] = []
+        self._dropped: list[str] = []
         self._engine_busy_s = 0.0
         self._stopping = asyncio.Event()
 
@@ -73,6 +74,7 @@ class Fit:
         """Train until `config.steps`, or until `stop`; leaves a checkpoint of the last step."""
         parts = self._parts
         self._engine_busy_s = (await parts.engine.stats()).busy_s
+        await self._count_on()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self._generate(), name="rollouts"),
@@ -95,6 +97,16 @@ class Fit:
     def stop(self) -> None:
         """Finish the step under way, save, and leave."""
         self._stopping.set()
+
+    async def _count_on(self) -> None:
+        """Counts go on where the ledger has them; drops that no step has told of are told by the next one."""
+        ledger = self._parts.ledger
+        balance = await ledger.balance()
+        self._parts.rollouts.count_on(num_generated=balance.episodes_ended, num_verified=balance.episodes_verified)
+        untold = Counter(balance.dropped)
+        for record in await ledger.steps():
+            untold.subtract(record.get("dropped", {}))
+        self._dropped = list(untold.elements())
 
     async def _generate(self) -> None:
         parts = self._parts
@@ -121,7 +133,7 @@ class Fit:
         return None if taking.cancelled() or self._stopping.is_set() else taking.result()
 
     async def _replace(self, drop: Dropped) -> None:
-        self._dropped.append(drop)
+        self._dropped.append(drop.reason)
         await self._parts.ledger.drop(drop.number, drop.reason)
         await self._parts.rollouts.release(1)
 
@@ -166,7 +178,7 @@ class Fit:
             [group for _, group in made.batch],
             report=made.report,
             times=StepTimes(wait_s=made.wait_s, learn_s=made.learn_s, sync_s=made.sync_s),
-            dropped=[drop.reason for drop in self._dropped],
+            dropped=self._dropped,
             canary=made.canary,
             engine_busy_s=(await parts.engine.stats()).busy_s,
             engine_busy_before_s=self._engine_busy_s,

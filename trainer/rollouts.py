@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from palaestra.agents import Cutoff, Policy, cancelled_episode, episode_seed, run_episode
@@ -78,6 +78,11 @@ class RolloutWorkers:
         """Episodes that ended in the life of the run; those with a reward are in `num_verified`."""
         self.num_verified = 0
 
+    def count_on(self, *, num_generated: int, num_verified: int) -> None:
+        """Take up the totals of the run's earlier lives."""
+        self.num_generated = num_generated
+        self.num_verified = num_verified
+
     @property
     def num_generating(self) -> int:
         """Episodes that are being played."""
@@ -93,8 +98,6 @@ class RolloutWorkers:
         """Play `resumed` groups to their end, then new ones as there is room; `num_waiting` are already in hand."""
         self._num_in_hand = len(resumed) + num_waiting
         self._num_playing = len(resumed)
-        balance = await self._ledger.balance()
-        self.num_generated, self.num_verified = balance.episodes_ended, balance.episodes_scored
         async with asyncio.TaskGroup() as tasks:
             for group in resumed:
                 tasks.create_task(self._play_group(group), name=f"group {group.number}")
@@ -124,6 +127,7 @@ class RolloutWorkers:
     async def _play_group(self, group: OpenGroup) -> None:
         episodes = dict(group.ended)
         cutoff = Cutoff()
+        self._cut_spares(cutoff, episodes)  # a run that was killed may have left nothing else to play
         try:
             async with asyncio.TaskGroup() as tasks:
                 for position in range(group.size):
@@ -162,7 +166,10 @@ class RolloutWorkers:
         await self._ledger.end(group.number, position, episode)
         episodes[position] = episode
         self._see(episode)
-        if sum(self._plan.is_valid(each.outcome) for each in episodes.values()) >= self._plan.group_size:
+        self._cut_spares(cutoff, episodes)
+
+    def _cut_spares(self, cutoff: Cutoff, ended: Mapping[int, Episode]) -> None:
+        if sum(self._plan.is_valid(each.outcome) for each in ended.values()) >= self._plan.group_size:
             cutoff.cut(SPARE)
 
     def _see(self, episode: Episode) -> None:

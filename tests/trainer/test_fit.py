@@ -316,3 +316,37 @@ def test_group_without_a_baseline_is_refused() -> None:
     equal = Group(id="0", task=group.task, episodes=tuple(sibling(k, Outcome.SCORED, 1.0) for k in range(3)))
     assert objection_to(equal, config()) is None
     assert objection_to(equal, config(drop_zero_variance=True)) == "zero_variance"
+
+
+async def test_curves_go_on_where_a_killed_run_left_them(tmp_path: Path, tokenizer: Path) -> None:
+    """Totals count all lives of a run, and what was dropped after the last recorded step is told by the next one."""
+    first = Run(tmp_path, tokenizer, config())
+    async with first.open():
+        await first.ledger.issue(0, make_group(0).task, 1)
+        await first.ledger.end(0, 0, make_group(0).episodes[0])
+        await first.ledger.finish(0)
+        await first.ledger.drop(0, "zero_variance")
+    second = Run(tmp_path, tokenizer, config(steps=2))
+    await second.train()
+    assert [record.dropped for record in second.records] == [{"zero_variance": 1}, {}]
+    third = Run(tmp_path, tokenizer, config(steps=3))
+    await third.train()
+    assert [record.dropped for record in third.records] == [{}]
+    async with third.open():
+        balance = await third.ledger.balance()
+    assert third.records[0].generated > second.records[-1].generated
+    assert third.records[0].generated <= balance.episodes_ended
+    assert third.records[0].verified == third.records[0].generated
+
+
+async def test_spares_that_a_killed_run_left_are_not_played(tmp_path: Path, tokenizer: Path) -> None:
+    first = Run(tmp_path, tokenizer, config())
+    async with first.open():
+        await first.ledger.issue(0, first.suite.draw(0, seed=0), 5)
+        for position in range(4):
+            await first.ledger.end(0, position, replace(make_group(0).episodes[0], id=f"0.{position}"))
+    second = Run(tmp_path, tokenizer, config(steps=1, num_spare=1))
+    await second.train()
+    async with second.open():
+        groups = dict((await second.ledger.load_step(1)).groups) | dict(await second.ledger.finished())
+    assert [episode.outcome for episode in groups[0].episodes] == [Outcome.SCORED] * 4 + [Outcome.CANCELLED]

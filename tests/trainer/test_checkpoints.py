@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not at all, and whatever is wrong with one, the one before is used and the owner told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from palaestra.trainer.checkpoints import Checkpoints
+from tests.toys import ToyLearner
+
+Damage = Callable[[Path], object]
+
+
+async def save(folder: Path, *versions: int, run: str = "run") -> Checkpoints:
+    checkpoints = Checkpoints(folder, run=run)
+    learner = ToyLearner()
+    for learner.version in versions:
+        await checkpoints.save(learner)
+    return checkpoints
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+DAMAGES: dict[str, Damage] = {
+    "version is missing": lambda folder: (folder / "version").unlink(),
+    "version is not what was written": lambda folder: (folder / "version").write_text("9"),
+    "version is not what was written ": lambda folder: (folder / "version").write_text(""),
+    "IsADirectoryError": lambda folder: ((folder / "version").unlink(), (folder / "version").mkdir()),
+    "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
+    "JSONDecodeError": lambda folder: (folder / "manifest.json").write_text("{"),
+    "UnicodeDecodeError": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"),
+    "TypeError": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "KeyError": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "AttributeError": lambda folder: rewrite(folder, files=[]),
+    "it is of format 7, not 1": lambda folder: rewrite(folder, format=7),
+    "it belongs to another run or version": lambda folder: rewrite(folder, run="another"),
+    "it belongs to another run or version ": lambda folder: rewrite(folder, version=1),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGES)
+async def test_damaged_checkpoint_is_named_and_set_aside(tmp_path: Path, complaint: str) -> None:
+    checkpoints = await save(tmp_path, 1, 2)
+    DAMAGES[complaint](tmp_path / "version-00000002")
+    said: list[str] = []
+    assert await checkpoints.newest(2, on_damage=said.append) == tmp_path / "version-00000001"
+    assert len(said) == 1
+    assert said[0].startswith(f"checkpoint version-00000002 cannot be used ({complaint.strip()}")
+    assert said[0].endswith("it is kept as version-00000002.damaged-1")
+    assert (tmp_path / "version-00000002.damaged-1").is_dir()
+
+
+async def test_checkpoint_beyond_the_ledger_is_set_aside(tmp_path: Path) -> None:
+    checkpoints = await save(tmp_path, 1, 2)
+    said: list[str] = []
+    assert await checkpoints.newest(1, on_damage=said.append) == tmp_path / "version-00000001"
+    assert "it is of step 2, the ledger ends with 1" in said[0]
+
+
+async def test_second_damage_of_a_version_is_kept_beside_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        checkpoints = await save(tmp_path, 2)
+        (tmp_path / "version-00000002" / "version").unlink()
+        assert await checkpoints.newest(2, on_damage=lambda line: None) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"version-00000002.damaged-1", "version-00000002.damaged-2"}
+
+
+async def test_half_written_checkpoint_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
+    checkpoints = await save(tmp_path, 1)
+    (tmp_path / "version-00000002.partial").mkdir()
+    (tmp_path / "version-00000002.partial" / "version").write_text("2")
+    assert await checkpoints.newest(2, on_damage=pytest.fail) == tmp_path / "version-00000001"
+    await save(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"version-00000001", "version-00000002"}
