@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_trainer.py [--device gpu] [--out FILE]
 
-Engine `transformers` and the learner share the device. The environment is the errand of `tests/chaos`, whose reward depends
-on what the model samples. `--device cpu --hidden 64` tries the script itself.
+Engine `transformers` and the learner share the device. The environment is the errand of `tests/chaos`, whose reward
+depends on what the model samples. `--device cpu --hidden 64` tries the script itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--life", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.life is not None:
-        live(*options.life, options.device)
+        model, run = options.life
+        live(model, run, options.device)
         return
     with tempfile.TemporaryDirectory() as folder:
         size = TinyModelConfig(
@@ -221,9 +222,9 @@ def page(values: dict[str, Any]) -> str:
     lines = [
         "# The trainer on one GPU, measured",
         "",
-        f"Made on {date.today()} by `python benchmarks/gpu_trainer.py` on {values['device']}, torch {values['torch']}, with a "
-        f"model of {values['parameters'] / 1e6:.0f} million parameters; engine `transformers` in bfloat16 and the learner "
-        "share the device. Not vLLM: its GPU build was not to be had there.",
+        f"Made on {date.today()} by `python benchmarks/gpu_trainer.py` on {values['device']}, torch {values['torch']}, "
+        f"with a model of {values['parameters'] / 1e6:.0f} million parameters; engine `transformers` in bfloat16 and "
+        "the learner share the device. Not vLLM: its GPU build was not to be had there.",
         "",
         "## A killed run goes on",
         "",
@@ -233,8 +234,8 @@ def page(values: dict[str, Any]) -> str:
     for name, life in (("first", first), ("second", second)):
         ended = "SIGKILL" if life["exit"] else "done"
         lines.append(
-            f"| {name} | {ended} | {life['steps'][0]} to {life['steps'][-1]} | {statistics.median(life['step_s']):.2f} | "
-            f"{max(life['canary']):.2g} | {life['wall_s']:.1f} |"
+            f"| {name} | {ended} | {life['steps'][0]} to {life['steps'][-1]} | "
+            f"{statistics.median(life['step_s']):.2f} | {max(life['canary']):.2g} | {life['wall_s']:.1f} |"
         )
     lines += ["", "The second life said:", "", *(f"- {line}" for line in second["notes"]), ""]
     lines += ["## The last step again", ""]
@@ -244,8 +245,8 @@ def page(values: dict[str, Any]) -> str:
     lines += [
         "## Would a stale engine be found?",
         "",
-        "Mean absolute differences of log-probabilities, in nats, after one step from the same weights. An engine that kept the "
-        "old weights is found when the step moved them by more than four times the disagreement of equal weights.",
+        "Mean absolute differences of log-probabilities, in nats, after one step from the same weights. An engine that "
+        "kept the old weights is found when the step moved them by over four times the disagreement of equal ones.",
         "",
         "| learning rate | engine against learner, equal weights | moved by the step | stale engine to old / new | "
         "fresh engine to new / old | found |",
@@ -258,9 +259,10 @@ def page(values: dict[str, Any]) -> str:
             f"{each['stale_to_new']:.2g} | {each['fresh_to_new']:.2g} / {each['fresh_to_old']:.2g} | "
             f"{'yes' if is_found else 'no: the checksum alone speaks'} |"
         )
+    count = NUM_GRADIENTS * GRADIENT_SIZE / 1e6
     lines += [
         "",
-        f"Fingerprints of {NUM_GRADIENTS * GRADIENT_SIZE / 1e6:.0f} million gradients: {values['fingerprint_ms']:.1f} ms (median of 7).",
+        f"Fingerprints of {count:.0f} million gradients: {values['fingerprint_ms']:.1f} ms (median of 7).",
         "",
     ]
     return "\n".join(lines)
