@@ -37,10 +37,13 @@ from palaestra.trainer.replay import replay
 from palaestra.trainer.resume import make_again
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.tiny import TinyModelConfig
-from tests.chaos.errand import errands
-from tests.chaos.walker import make_walker
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # last, so that the folders of the repository hide nobody's modules
+
+from tests.chaos.errand import errands  # noqa: E402
+from tests.chaos.walker import make_walker  # noqa: E402
+
 STEPS, KILLED_AFTER, SAVE_EVERY = 12, 8, 5
 RATES = (1e-6, 1e-5, 1e-4)
 NUM_GRADIENTS, GRADIENT_SIZE = 25, 20_000_000
