@@ -51,9 +51,9 @@ def _head(results: Results, options: Namespace) -> list[str]:
         "",
         *paragraph(
             f"Every run trains the same model for {options.updates} updates of {GROUPS_PER_STEP} tasks with "
-            f"{GROUP_SIZE} episodes each, with vLLM and the same learner; settings differ in `mode` and `max_lag` alone. Tasks are "
-            "those of the service desk in its compact form, over HTTP, with the latency added to every tool call. As "
-            "many episodes are played at once as the lag allows.",
+            f"{GROUP_SIZE} episodes each, with vLLM and the same learner; settings differ in `mode` and `max_lag` "
+            "alone. Tasks are those of the service desk in its compact form, over HTTP, with the latency added to "
+            "every tool call. As many episodes are played at once as the lag allows.",
             f"The start policy: {note}. It solves {interval(results.start)} of the held-out tasks.",
         ),
         "",
@@ -66,12 +66,11 @@ def _what_is_missing(results: Results) -> list[str]:
     if not missing:
         return []
     there = len(results.plan) - len(missing)
-    return [
-        f"Of {len(results.plan)} planned runs {there} were played in the time there was. Cut: "
-        + ", ".join(f"`{name}`" for name in missing)
-        + ".",
-        "",
-    ]
+    whole = [seed for seed in results.seeds if all(run.name in missing for run in results.plan if run.seed == seed)]
+    cut = [f"all of seed {seed}" for seed in whole]
+    cut += [f"`{run.name}`" for run in results.plan if run.name in missing and run.seed not in whole]
+    said = f"Of {len(results.plan)} planned runs {there} were played in the time there was. Cut: {', '.join(cut)}."
+    return [*paragraph(said), ""]
 
 
 def _body(results: Results) -> list[str]:

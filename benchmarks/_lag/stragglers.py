@@ -190,8 +190,9 @@ def interval(value: Proportion) -> str:
 
 
 def paragraph(*texts: str) -> list[str]:
-    """Texts as lines of a page."""
-    return [line for text in texts for line in textwrap.wrap(text, _WIDTH, break_long_words=False)]
+    """Texts as paragraphs of a page."""
+    wrapped = ("\n".join(textwrap.wrap(text, _WIDTH, break_long_words=False)) for text in texts)
+    return ["\n\n".join(wrapped)]
 
 
 def points(value: float) -> str:
