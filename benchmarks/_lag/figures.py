@@ -87,6 +87,12 @@ def tokens(run: Found) -> float:
     return statistics.fmean(step["num_sampled_tokens"] for step in run["steps"])
 
 
+def others(run: Found) -> float:
+    """Cores that processes which were not ours kept busy during a run."""
+    last = run["marks"][-1]
+    return max(0.0, float((last["machine_s"] - last["cpu_s"]) / last["wall_s"]))
+
+
 def _differences(run: Found, key: str) -> list[float]:
     values = [0.0, *(mark[key] for mark in run["marks"])]
     return [after - before for before, after in pairwise(values)]

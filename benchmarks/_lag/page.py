@@ -117,7 +117,17 @@ def _definitions(results: Results) -> list[str]:
         "is the longer of the two; *over ideal* is what an update takes, divided by it.",
         "*Faster* is the loop's total of `sync` with the same latency and seeds, divided by this one's. *Cores* is CPU "
         "time over wall time of all processes together: where it comes near the number of cores, the machine is the "
-        "limit.",
+        f"limit. {_others(results)}",
+    )
+
+
+def _others(results: Results) -> str:
+    found = results.others
+    if not found:
+        return ""
+    return (
+        f"What was not ours kept {fmean(found):.2f} cores busy on average while runs were timed, and {max(found):.2f} "
+        "in the worst run."
     )
 
 

@@ -19,6 +19,7 @@ from benchmarks._lag.plan import Run
 from numpy.typing import NDArray
 
 from palaestra.agents import Completion, Engine, EngineStats, Sampling
+from palaestra.errors import PalaestraError
 from palaestra.records import write_whole
 from palaestra.resources import Resources
 from palaestra.trainer import Trainer
@@ -65,20 +66,26 @@ class SharedEngine:
 
 
 class Marks:
-    """Wall and CPU seconds at every update, counted from `begin`."""
+    """Wall seconds, CPU seconds of ours and of the whole machine at every update, counted from `begin`."""
 
     def __init__(self) -> None:
-        self._wall_s = self._cpu_s = 0.0
+        self._wall_s = self._cpu_s = self._machine_s = 0.0
         self.found: list[dict[str, float]] = []
 
     async def begin(self, version: int) -> None:
         """The first rollout starts now."""
-        self._wall_s, self._cpu_s = time.monotonic(), cpu_seconds()
+        self._wall_s, self._cpu_s, self._machine_s = time.monotonic(), cpu_seconds(), machine_seconds()
 
     def set(self, record: StepRecord) -> None:
         """An update is complete, its weights are published."""
-        wall_s, cpu_s = time.monotonic() - self._wall_s, cpu_seconds() - self._cpu_s
-        self.found.append({"update": record.step, "wall_s": wall_s, "cpu_s": cpu_s})
+        self.found.append(
+            {
+                "update": record.step,
+                "wall_s": time.monotonic() - self._wall_s,
+                "cpu_s": cpu_seconds() - self._cpu_s,
+                "machine_s": machine_seconds() - self._machine_s,
+            }
+        )
 
 
 def cpu_seconds() -> float:
@@ -94,6 +101,12 @@ def cpu_seconds() -> float:
     return total
 
 
+def machine_seconds() -> float:
+    """CPU time of everything on this machine, since it started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+
 def is_done(folder: Path) -> bool:
     """Whether a run is kept here."""
     return (folder / "done.json").is_file()
@@ -106,6 +119,8 @@ async def play(run: Run, start: Path, folder: Path, engine: SharedEngine, resour
     await engine.begin()
     trainer = Trainer(start, run.config(), run=folder, on_step=marks.set, on_note=lambda line: print(f"  {line}"))
     result = await trainer.afit(run.suite(), engine=engine, resources=resources, on_ready=marks.begin)
+    if not result.is_complete:
+        raise PalaestraError(f"stopped in {run.name}; the same command goes on with it")
     keep(folder, {"marks": marks.found, "steps": result.steps})
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks._lag.figures import Found, Timing, generation_alone, load, rate, timing, tokens
+from benchmarks._lag.figures import Found, Timing, generation_alone, load, others, rate, timing, tokens
 from benchmarks._lag.plan import LATENCIES_MS, SETTINGS, SYNC, Run, Setting, all_runs, alone_of
 
 from palaestra.agents import Proportion
@@ -49,6 +49,11 @@ class Results:
     def missing(self) -> list[str]:
         """Names of planned runs that are not there."""
         return [name for name, found in self._found.items() if found is None]
+
+    @property
+    def others(self) -> list[float]:
+        """Cores that others kept busy, run by run."""
+        return [others(found) for found in self._found.values() if found is not None]
 
     @cached_property
     def start(self) -> Proportion:

@@ -163,14 +163,17 @@ def _bias_table(before: Mapping[str, Proportion], found: list[Remedy]) -> list[s
 
 
 def _reading(found: list[Remedy]) -> list[str]:
-    """A sentence for each remedy against the first, which waits for everybody."""
+    """A sentence for each remedy against the first of all, which waits for everybody."""
     base, *others = found
+    if base.name != next(iter(REMEDIES)):
+        return []
     lines = []
     for one in others:
         cost = f"`{one.name}` takes {one.mean_s / base.mean_s:.2f} times what `{base.name}` takes for an update"
         share = (
             f"of the episodes it trains on {one.slow_trained:.1%} are of slow tasks (`{base.name}`: "
-            f"{base.slow_trained:.1%}; played: {one.slow_played:.1%})"
+            f"{base.slow_trained:.1%}; played: {one.slow_played:.1%}), and they have {_number(one.turns)} turns "
+            f"(`{base.name}`: {_number(base.turns)})"
         )
         line = f"- {cost}; {share}"
         if one.after is not None and base.after is not None:
