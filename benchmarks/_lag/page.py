@@ -30,6 +30,7 @@ from benchmarks._lag.stragglers import interval, paragraph, points, section
 from palaestra.agents import Proportion
 
 _TARGET_SHARE = 0.8
+_BRACKETS = "Brackets beside seconds: when the upper, and when the lower ends of the intervals reach it."
 
 
 def write_page(here: Path, options: Namespace) -> None:
@@ -168,11 +169,10 @@ def _success_table(results: Results) -> list[str]:
     ]
     for cell in results.cells:
         rates = " | ".join(_short(cell.curve.get(update)) for update in updates)
-        reached = _time_to_target(cell, target)
-        lines.append(f"| {cell.latency_ms} ms | {cell.setting.name} | {rates} | {_or_never(cell, reached)} |")
+        lines.append(f"| {cell.latency_ms} ms | {cell.setting.name} | {rates} | {_told_time(cell, target)} |")
     if target is not None:
         share = f"{_TARGET_SHARE:.0%} of the way from the start to where `sync` ended, over all latencies"
-        lines += ["", f"The target is a success of {target:.1%}: {share}."]
+        lines += ["", *paragraph(f"The target is a success of {target:.1%}: {share}. {_BRACKETS}")]
     return lines
 
 
@@ -223,12 +223,13 @@ def _read_both(results: Results) -> list[str]:
         reached = [(at_s, c) for c in cells if (at_s := _time_to_target(c, target)) is not None]
         if not reached:
             continue
-        at_s, first = min(reached, key=lambda each: each[0])
-        sync = next((at_s for at_s, c in reached if c.setting == SYNC), None)
-        against = f", `sync` after {sync:.0f} s" if sync is not None and first.setting != SYNC else ""
+        _, first = min(reached, key=lambda each: each[0])
+        sync = next((c for _, c in reached if c.setting == SYNC), None)
+        is_other = sync is not None and first.setting != SYNC
+        against = f", `sync` after {_told_time(sync, target)} s" if sync is not None and is_other else ""
         lines.append(
             f"- With tools of {latency_ms} ms `{first.setting.name}` is the first at {target:.1%}, after "
-            f"{at_s:.0f} s{against}."
+            f"{_told_time(first, target)} s{against}."
         )
     return lines
 
@@ -253,15 +254,22 @@ def _time_to_target(cell: Cell, target: float | None) -> float | None:
     return None if target is None else time_to(target, [(at_s, rate.rate) for at_s, rate in cell.curve.values()])
 
 
+def _told_time(cell: Cell, target: float | None) -> str:
+    """Seconds to the target, and in brackets when the upper and when the lower ends of the intervals are there."""
+    if target is None or cell.last is None:
+        return "-"
+    earliest = time_to(target, [(at_s, rate.high) for at_s, rate in cell.curve.values()])
+    latest = time_to(target, [(at_s, rate.low) for at_s, rate in cell.curve.values()])
+    return f"{_or_never(_time_to_target(cell, target))} [{_or_never(earliest)}, {_or_never(latest)}]"
+
+
 def _describe(found: Difference) -> str:
     verdict = "clear" if found.is_clear else "not clear"
     return f"{points(found.value)} points [{points(found.low)}, {points(found.high)}], {verdict}"
 
 
-def _or_never(cell: Cell, reached: float | None) -> str:
-    if reached is not None:
-        return f"{reached:.0f}"
-    return "not reached" if cell.last is not None else "-"
+def _or_never(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.0f}"
 
 
 def _short(point: tuple[float, Proportion] | None) -> str:

@@ -117,7 +117,13 @@ def suite_at_rest() -> EnvSuite:
 def lag_runs(seed: int, updates: int) -> list[Run]:
     """Every setting with every latency, for one seed."""
     return [
-        Run(name=f"{setting.name}-{ms}ms-seed{seed}", setting=setting, seed=seed, updates=updates, latency_ms=ms)
+        Run(
+            name=f"{setting.name}-{ms}ms-seed{seed}-{updates}updates",
+            setting=setting,
+            seed=seed,
+            updates=updates,
+            latency_ms=ms,
+        )
         for ms in LATENCIES_MS
         for setting in SETTINGS
     ]
@@ -127,7 +133,7 @@ def straggler_runs(seed: int, updates: int) -> list[Run]:
     """Every remedy on tasks of which some are slow, for one seed."""
     return [
         Run(
-            name=f"stragglers-{number}-seed{seed}",
+            name=f"stragglers-{number}-seed{seed}-{updates}updates",
             setting=setting,
             seed=seed,
             updates=updates,

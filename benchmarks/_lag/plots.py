@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 _COLOURS = dict(
-    zip([setting.name for setting in SETTINGS], ("#222222", "#e0a458", "#3a7ca5", "#6a994e", "#a44a3f"), strict=True)
+    zip([setting.name for setting in SETTINGS], ("#7f8c99", "#e0a458", "#3a7ca5", "#6a994e", "#a44a3f"), strict=True)
 )
 
 

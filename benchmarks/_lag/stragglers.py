@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks._lag.figures import difference, durations, load, rate
 from benchmarks._lag.judge import kind_of
-from benchmarks._lag.plan import DEADLINE_S, REMEDIES, STRAGGLER_FACTOR, STRAGGLER_MS
+from benchmarks._lag.plan import DEADLINE_S, REMEDIES, STRAGGLER_FACTOR, STRAGGLER_MS, straggler_runs
 from benchmarks._lag.results import Results, describe_dropped
 
 from palaestra.agents import Proportion
@@ -50,7 +50,8 @@ def remedies(results: Results) -> list[Remedy]:
     """All that were played."""
     found = []
     for number, name in enumerate(REMEDIES):
-        runs = [results.runs / f"stragglers-{number}-seed{seed}" for seed in results.seeds]
+        planned = [straggler_runs(seed, results.updates)[number] for seed in results.seeds]
+        runs = [results.runs / run.name for run in planned]
         there = [run for run in runs if (run / "done.json").is_file()]
         if there:
             found.append(_remedy(name, there))
@@ -180,8 +181,8 @@ def _reading(found: list[Remedy]) -> list[str]:
             moved = difference(one.after["slow"], base.after["slow"])
             verdict = "a clear difference" if moved.is_clear else "no difference that these tasks can show"
             line += (
-                f"; afterwards it solves {points(moved.value)} points [{points(moved.low)}, {points(moved.high)}] more "
-                f"of the slow tasks: {verdict}"
+                f"; afterwards its success on slow tasks differs by {points(moved.value)} points [{points(moved.low)}, "
+                f"{points(moved.high)}] from that of `{base.name}`: {verdict}"
             )
         lines.append(f"{line}.")
     return lines
@@ -194,7 +195,7 @@ def interval(value: Proportion) -> str:
 
 def paragraph(*texts: str) -> list[str]:
     """Texts as paragraphs of a page."""
-    wrapped = ("\n".join(textwrap.wrap(text, _WIDTH, break_long_words=False)) for text in texts)
+    wrapped = ("\n".join(textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)) for text in texts)
     return ["\n\n".join(wrapped)]
 
 
