@@ -114,7 +114,7 @@ async def _parts(
     policy = EnginePolicy(engine, open_renderer(start), config.sampling)
     sampler = TaskSampler(suite, seed=config.seed)
     rollouts = RolloutWorkers(suite, policy, sampler, ledger, resources, plan, on_group=buffer.put)
-    quiet = Stalls(folder=folder / "logs", report_s=config.stall_report_s, facts=list, stacks=(), say=print)
+    quiet = Stalls(folder=folder / "logs", report_s=config.stall_report_s, facts=list, processes=(), say=print)
     return Parts(
         # without a learner `one-step` is one batch after another, which is what `num_batches` says already
         config=config.model_copy(update={"mode": "async"}),
