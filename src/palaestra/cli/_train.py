@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from palaestra.envs import EnvSuite
+    from palaestra.trainer import Trainer
 
 
 def train(
@@ -28,23 +33,13 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per update and a last one.")] = False,
 ) -> None:
     """Train a model by GRPO on a suite of environments; the same command resumes a stopped run."""
-    from palaestra.cli._options import INTERRUPTED, interruptible, load_job
-    from palaestra.trainer import Trainer
-    from palaestra.trainer.metrics import StepRecord, one_line
+    from palaestra.cli._options import INTERRUPTED, interruptible
 
-    job = load_job(config, assignments or (), imports or ())
-
-    def show(record: StepRecord) -> None:
-        typer.echo(json.dumps(record.to_json()) if as_json else one_line(record))
-
-    def tell(line: str) -> None:
-        typer.echo(f"palaestra: {line}", err=True)
-
-    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow or ())
-    if not as_json:
-        typer.echo(f"run folder: {trainer.run}")
     with interruptible("the same command goes on from the last checkpoint"):
-        result = trainer.fit(job.suite.build())
+        trainer, suite = _prepare(config, assignments or (), run, imports or (), allow or (), as_json)
+        if not as_json:
+            typer.echo(f"run folder: {trainer.run}")
+        result = trainer.fit(suite)
     summary = {"run": str(trainer.run), "version": result.version, "complete": result.is_complete}
     if as_json:
         typer.echo(json.dumps(summary))
@@ -53,3 +48,21 @@ def train(
         typer.echo(f"version {result.version}: {state}. The model is in {result.model}")
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
+
+
+def _prepare(
+    config: Path, assignments: Sequence[str], run: Path | None, imports: Sequence[str], allow: Sequence[str], as_json: bool
+) -> tuple[Trainer, EnvSuite]:
+    from palaestra.cli._options import load_job
+    from palaestra.trainer import Trainer
+    from palaestra.trainer.metrics import StepRecord, one_line
+
+    def show(record: StepRecord) -> None:
+        typer.echo(json.dumps(record.to_json()) if as_json else one_line(record))
+
+    def tell(line: str) -> None:
+        typer.echo(f"palaestra: {line}", err=True)
+
+    job = load_job(config, assignments, imports)
+    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow)
+    return trainer, job.suite.build()
