@@ -19,7 +19,8 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from palaestra.errors import LedgerError
 from palaestra.trainer import _ledger_store as store
-from palaestra.trainer._ledger_store import FORMAT, Balance, OpenGroup, RecordedStep
+from palaestra.trainer._ledger_proof import Balance, prove
+from palaestra.trainer._ledger_store import FORMAT, OpenGroup, RecordedStep
 from palaestra.trainer._run_lock import take_lock
 from palaestra.types import Episode, Group, Task
 
@@ -132,7 +133,7 @@ class Ledger:
 
     async def balance(self) -> Balance:
         """The counts; raises `LedgerError` when they do not add up."""
-        return await self._do(store.prove)
+        return await self._do(prove)
 
     async def last_step(self) -> int:
         """The newest recorded step, 0 before the first."""
