@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from palaestra.errors import PalaestraError
 from palaestra.sandboxes import _cgroups
 from palaestra.sandboxes._folders import orphans, remove_folder
 from palaestra.sandboxes._owner import owner_of
-from palaestra.sandboxes._records import Lease, forget, list_leases
+from palaestra.sandboxes._records import Lease, boot_s, forget, list_leases
 
 _GRACE_S = 30.0
 """A sandbox ends by itself when its lifetime is over; one that is still there so much later does not."""
@@ -37,8 +36,8 @@ class Reaped:
 
 
 def reap(now_s: float | None = None) -> list[Reaped]:
-    """Clear what dead owners left and what has outlived its lease; blocks for up to seconds."""
-    now_s = time.time() if now_s is None else now_s
+    """Clear what dead owners left and what has outlived its lease, at `now_s` on `boot_s`; blocks for up to seconds."""
+    now_s = boot_s() if now_s is None else now_s
     cleared = []
     for lease in list_leases():
         why = _NO_OWNER if lease.is_orphan else "its lifetime is over"

@@ -39,7 +39,7 @@ class Lease:
     handle: str
     lifetime_s: float
     began_s: float
-    """Unix time at which the lease began or was renewed last."""
+    """When the lease began or was renewed last, on `boot_s`, which does not jump as a wall clock does."""
 
     @property
     def owner_pid(self) -> int:
@@ -74,6 +74,7 @@ class Record:
         try:
             with _told(path.parent):
                 partial.write_text(json.dumps({**values, "owner": this_owner()}))
+                _date(partial)
                 partial.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -84,12 +85,17 @@ class Record:
     def renew(self) -> None:
         """Begin the lease anew."""
         with _told(self._path.parent), contextlib.suppress(FileNotFoundError):  # reaped
-            os.utime(self._path)
+            _date(self._path)
 
     def remove(self) -> None:
         """Forget the lease; idempotent."""
         with _told(self._path.parent):
             self._path.unlink(missing_ok=True)
+
+
+def boot_s() -> float:
+    """Seconds since the machine was started, suspended or not: what leases are reckoned in."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def lease_folder() -> Path:
@@ -123,6 +129,12 @@ def list_leases() -> list[Lease]:
 def forget(lease_id: str) -> None:
     """Remove a record whose sandbox is gone."""
     _path(lease_id).unlink(missing_ok=True)
+
+
+def _date(path: Path) -> None:
+    """Let a lease begin now. Its file's own date is the wall clock's, which may jump by a day."""
+    now_s = boot_s()
+    os.utime(path, (now_s, now_s))
 
 
 def process_handle(pid: int) -> str:

@@ -174,13 +174,18 @@ def _browser() -> Finding:
     return Finding("Chromium", True, f"{chromium}, in a cage of its own")
 
 
-def _memory() -> Finding:
+def free_memory() -> tuple[int, str]:
+    """MiB of memory that this process may still take, and whose limit that is."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free_mb = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:"))
-    whose = "available"
     limited_mb = _cgroup_free_mb()
     if limited_mb is not None and limited_mb < free_mb:
-        free_mb, whose = limited_mb, "left of what this process's cgroup may use"
+        return limited_mb, "left of what this process's cgroup may use"
+    return free_mb, "available"
+
+
+def _memory() -> Finding:
+    free_mb, whose = free_memory()
     is_ok = free_mb >= _LEAST_FREE_MB
     return Finding("memory", is_ok, f"{free_mb:,} MB {whose}", "" if is_ok else "end other programs, or allow it more")
 

@@ -110,13 +110,14 @@ class ToyEngine:
         self.version = -1
         self.loaded: list[int] = []
         self.wrong_by = 0.0
+        self.jitter: np.random.Generator | None = None
         self._tokens = self._requests = 0
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
     ) -> Completion:
         begun_with = self.version
-        await asyncio.sleep(self.delay_s)
+        await asyncio.sleep(self.delay_s if self.jitter is None else float(self.jitter.random()) / 100)
         ids = self.choose(prompt, seed or 0)[: sampling.max_tokens]
         versions = np.full(len(ids), self.version, np.int32)
         versions[0] = begun_with

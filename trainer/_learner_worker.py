@@ -51,6 +51,7 @@ class LearnerService:
         self._optimizer = _make_optimizer(list(self._parameters.values()), config)
         self._version = 0
         self._num_updates = 0
+        self._made_on = f"{model.describe_device()}, {config.threads} threads, torch {torch.__version__}"
         self._calls: dict[str, Callable[..., object]] = {
             "step": self.step,
             "publish": self.publish,
@@ -87,7 +88,9 @@ class LearnerService:
             raise WorkerError(f"step refused at version {self._version}, weights unchanged: {error}") from error
         self._version += 1
         seconds = time.perf_counter() - started
-        return StepReport(metrics=totals.averages(), version=self._version, seconds=seconds, trace=totals.trace())
+        return StepReport(
+            metrics=totals.averages(), version=self._version, seconds=seconds, trace=totals.trace(self._made_on)
+        )
 
     def publish(self, folder: Path) -> Published:
         """Write the weights for an engine."""
@@ -269,13 +272,14 @@ class _Totals:
     def averages(self) -> dict[str, float]:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
-    def trace(self) -> StepTrace:
+    def trace(self, made_on: str) -> StepTrace:
         losses, norms, prints = zip(*self._updates, strict=True)
         return StepTrace(
             names=self._names,
             losses=np.array(losses),
             grad_norms=np.array(norms),
             fingerprints=np.stack(prints),
+            made_on=made_on,
         )
 
     def _add(self, name: str, value: float, count: int) -> None:

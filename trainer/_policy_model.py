@@ -6,6 +6,7 @@ Shape legend: as in `palaestra.trainer.batch`; `V` the vocabulary.
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class PolicyModel:
             logits_NV = self.network(input_ids=self.tensor(ids_BP), use_cache=False).logits[0]
         scaled_NV = logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
         return -nn.functional.cross_entropy(scaled_NV, self.tensor(target_N), reduction="none")
+
+    def describe_device(self) -> str:
+        """What computes, and how precisely."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return f"{self.device.type} {name}, {'bfloat16' if self._is_bfloat16 else 'float32'}"
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
         """The array on the model's device."""

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from palaestra.records import sync_folder
@@ -19,7 +19,7 @@ from palaestra.trainer.learner import Learner
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
-OnDamage = Callable[[str], None]
+OnDamage = Callable[[str], Awaitable[None]]
 """Hears of each checkpoint that cannot be used, in one line."""
 
 
@@ -34,13 +34,13 @@ class Checkpoints:
     async def newest(self, upto: int, *, on_damage: OnDamage) -> Path | None:
         """The newest whole checkpoint of a version up to `upto`; damaged ones are renamed on the way to it."""
         for folder in reversed(self._found()):
-            complaint: str | None = f"it is of step {_version_of(folder)}, the ledger ends with {upto}"
-            if _version_of(folder) <= upto:
+            complaint: str | None = f"it is of step {version_of(folder)}, the ledger ends with {upto}"
+            if version_of(folder) <= upto:
                 complaint = await asyncio.to_thread(self._complaint, folder)
             if complaint is None:
                 return folder
             aside = await asyncio.to_thread(_set_aside, folder)
-            on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
+            await on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
         return None
 
     async def save(self, learner: Learner) -> Path:
@@ -59,9 +59,10 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, old)
         return target
 
-    def before(self, version: int) -> list[Path]:
-        """Checkpoints of a version up to `version`, newest first, unchecked."""
-        return [folder for folder in reversed(self._found()) if _version_of(folder) <= version]
+    def find(self, upto: int) -> Path | None:
+        """The newest whole checkpoint of a version up to `upto`; touches nothing."""
+        early = (folder for folder in reversed(self._found()) if version_of(folder) <= upto)
+        return next((folder for folder in early if self._complaint(folder) is None), None)
 
     def _found(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("version-*") if path.suffix == "")
@@ -79,7 +80,7 @@ class Checkpoints:
             manifest = json.loads((folder / _MANIFEST).read_text())
             if manifest["format"] != _FORMAT:
                 return f"it is of format {manifest['format']}, not {_FORMAT}"
-            if manifest["run"] != self._run or manifest["version"] != _version_of(folder):
+            if manifest["run"] != self._run or manifest["version"] != version_of(folder):
                 return "it belongs to another run or version"
             for name, described in manifest["files"].items():
                 if _describe(folder / name) != described:
@@ -96,7 +97,8 @@ def _describe(path: Path) -> dict[str, object]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _version_of(folder: Path) -> int:
+def version_of(folder: Path) -> int:
+    """The version that a checkpoint's name tells."""
     return int(folder.name.partition("-")[2])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,6 +195,10 @@ class LocalLearner:
     async def export(self, folder: Path) -> None:
         """Write a model folder; see `Learner.export`."""
         await self._worker.call("export", folder, timeout_s=self._timeout_s)
+
+    async def watch(self) -> NoReturn:
+        """Wait for the end of the process, which nobody asked for, and raise `WorkerError`."""
+        await self._worker.watch()
 
     async def stacks(self) -> str:
         """Where the learner's process is, thread by thread; see `WorkerProcess.stacks`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -19,11 +19,22 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from palaestra.errors import LedgerError
 from palaestra.trainer import _ledger_store as store
-from palaestra.trainer._ledger_store import FORMAT, Balance, OpenGroup, RecordedStep
+from palaestra.trainer._ledger_proof import Balance, prove
+from palaestra.trainer._ledger_store import FORMAT, OpenGroup, RecordedStep
 from palaestra.trainer._run_lock import take_lock
 from palaestra.types import Episode, Group, Task
 
-__all__ = ["FORMAT", "Balance", "Ledger", "OpenGroup", "RecordedStep", "read_records", "read_step"]
+__all__ = [
+    "FORMAT",
+    "Balance",
+    "Ledger",
+    "OpenGroup",
+    "RecordedStep",
+    "read_configs",
+    "read_meta",
+    "read_records",
+    "read_step",
+]
 
 ValueT = TypeVar("ValueT")
 ArgumentsT = ParamSpec("ArgumentsT")
@@ -122,7 +133,7 @@ class Ledger:
 
     async def balance(self) -> Balance:
         """The counts; raises `LedgerError` when they do not add up."""
-        return await self._do(store.prove)
+        return await self._do(prove)
 
     async def last_step(self) -> int:
         """The newest recorded step, 0 before the first."""
@@ -174,6 +185,18 @@ def read_records(run: Path) -> Iterator[dict[str, Any]]:
     """The JSON records of all ended episodes of a run, one at a time; the run may be going on."""
     with closing(store.connect_to_read(run / _FILE)) as connection:
         yield from store.records(connection)
+
+
+def read_meta(run: Path) -> dict[str, Any]:
+    """What a run is; see `Ledger.meta`. The run may be going on."""
+    with closing(store.connect_to_read(run / _FILE)) as connection:
+        return store.meta(connection)
+
+
+def read_configs(run: Path, steps: Iterable[int]) -> list[tuple[int, dict[str, Any]]]:
+    """The configurations that made steps of a run, which may be going on."""
+    with closing(store.connect_to_read(run / _FILE)) as connection:
+        return [(step, store.config_of(connection, step)) for step in steps]
 
 
 def read_step(run: Path, step: int) -> RecordedStep:

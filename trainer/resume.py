@@ -6,7 +6,8 @@ is sampled again. A checkpoint that cannot be used costs time, never work.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +18,30 @@ from palaestra.trainer.ledger import Ledger, RecordedStep
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.trace import StepTrace
 
+Say = Callable[[str], Awaitable[None]]
+"""Tells a person, and notes in the ledger, what is not plain, in one line."""
 OpenLearner = Callable[[LearnerConfig], Awaitable[Learner]]
 """Starts a learner with the run's model; whoever asks closes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """A step made a second time: its trace as recorded, and as it came out now. None where there is no trace."""
+
+    before: StepTrace | None
+    now: StepTrace | None
+
+    @property
+    def difference(self) -> str | None:
+        """The first thing that came out otherwise; None when all bits agree, or there is nothing to compare."""
+        return None if self.before is None or self.now is None else self.before.difference(self.now)
+
+    @property
+    def reason(self) -> str:
+        """Why that may be, where the two were made on different machines."""
+        if self.before is None or self.now is None or self.before.made_on == self.now.made_on:
+            return ""
+        return f": it was made on {self.before.made_on}, now on {self.now.made_on}"
 
 
 async def resume(
@@ -28,7 +51,7 @@ async def resume(
     config: LearnerConfig,
     *,
     open_learner: OpenLearner,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Bring `learner`, which has `config`, to the ledger's last step; `say` hears of all that is not plain."""
     last = await ledger.last_step()
@@ -38,8 +61,9 @@ async def resume(
     if learner.version == last:
         return
     start = f"checkpoint {checkpoint.name}" if checkpoint is not None else "the model the run began with"
-    say(f"making steps {learner.version + 1} to {last} again from the ledger, on {start}")
-    for learner_config, steps in await _segments(ledger, learner.version + 1, last):
+    await say(f"making steps {learner.version + 1} to {last} again from the ledger, on {start}")
+    configs = [(step, await ledger.config_of(step)) for step in range(learner.version + 1, last + 1)]
+    for learner_config, steps in by_settings(configs):
         if learner_config == config:
             await _replay(ledger, learner, steps, say)
             continue
@@ -52,7 +76,7 @@ async def _replay_elsewhere(
     checkpoints: Checkpoints,
     learner: Learner,
     steps: range,
-    say: Callable[[str], None],
+    say: Say,
     other: Learner,
 ) -> None:
     """Steps that were made with other settings of the learner are made again with those."""
@@ -65,35 +89,26 @@ async def _replay_elsewhere(
         await other.aclose()
 
 
-async def _replay(ledger: Ledger, learner: Learner, steps: range, say: Callable[[str], None]) -> None:
+async def _replay(ledger: Ledger, learner: Learner, steps: range, say: Say) -> None:
     for step in steps:
         recorded = await ledger.load_step(step)
-        difference = await replay_step(learner, recorded)
-        if difference is not None:
-            line = (
-                f"step {step} came out otherwise than the first time ({difference}): another device, thread count or "
-                "library; the run goes on from these weights"
+        again = await make_again(learner, recorded)
+        if again.difference is not None:
+            await say(
+                f"step {step} came out otherwise ({again.difference}){again.reason}; the run goes on from these weights"
             )
-            say(line)
-            await ledger.note(line)
 
 
-async def replay_step(learner: Learner, recorded: RecordedStep) -> str | None:
-    """Make a recorded step again; the first thing that came out otherwise, None when all bits agree."""
+async def make_again(learner: Learner, recorded: RecordedStep) -> Again:
+    """Make a recorded step again, with a learner that is at the step before."""
     config = GRPOConfig.model_validate(recorded.config)
     report = await learner.step(make_rows([group for _, group in recorded.groups], config))
-    if recorded.trace is None or report.trace is None:
-        return None
-    return StepTrace.from_bytes(recorded.trace).difference(report.trace)
+    before = StepTrace.from_bytes(recorded.trace) if recorded.trace is not None else None
+    return Again(before=before, now=report.trace)
 
 
-async def _segments(ledger: Ledger, first: int, last: int) -> list[tuple[LearnerConfig, range]]:
-    """The steps by the learner's settings that made them."""
-    configs = [(step, await ledger.config_of(step)) for step in range(first, last + 1)]
-    return list(_grouped(configs))
-
-
-def _grouped(configs: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[LearnerConfig, range]]:
+def by_settings(configs: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple[LearnerConfig, range]]:
+    """Consecutive steps, given with their configurations, by the learner's settings that made them."""
     for settings, members in groupby(configs, key=lambda each: each[1]["learner"]):
         steps = [step for step, _ in members]
         yield LearnerConfig.model_validate(settings), range(steps[0], steps[-1] + 1)

@@ -75,6 +75,7 @@ class RolloutWorkers:
         self._failures = FailureWatch(plan.max_failure_rate, plan.max_invalid_rate, is_valid=plan.is_valid)
         self._running: dict[str, tuple[str, float]] = {}
         self.num_generated = 0
+        """Episodes that ended in the life of the run; those with a reward are in `num_verified`."""
         self.num_verified = 0
 
     def count_on(self, *, num_generated: int, num_verified: int) -> None:

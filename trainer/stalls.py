@@ -7,35 +7,40 @@ that passes its deadline ends the run with the same report; so does a loop that 
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CoroutineType, FrameType, GeneratorType
-from typing import Any, Protocol, runtime_checkable
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from palaestra.errors import WorkerError
 
 _LOOK_S = 1.0
 _SHOWN_STACKS = 12
 
+_KINDS = (CoroutineType, AsyncGeneratorType, GeneratorType)
+_Suspended: TypeAlias = "CoroutineType[Any, Any, Any] | AsyncGeneratorType[Any, Any] | GeneratorType[Any, Any, Any]"
+
 Facts = Callable[[], Sequence[str]]
 """Lines on what the parts of a run are doing."""
-Stacks = Callable[[], Awaitable[str]]
-"""The stacks of another process."""
 
 
 @runtime_checkable
-class HasStacks(Protocol):
-    """A part in a process of its own, which can say where it is."""
+class ProcessPart(Protocol):
+    """A part in a process of its own."""
+
+    async def watch(self) -> NoReturn:
+        """Wait for its end, and raise `WorkerError` by name."""
 
     async def stacks(self) -> str:
-        """Thread by thread."""
+        """Where it is, thread by thread."""
 
 
 @dataclass(slots=True)
@@ -52,7 +57,7 @@ class Stalls:
     folder: Path
     report_s: float
     facts: Facts
-    stacks: Sequence[Stacks]
+    processes: Sequence[ProcessPart]
     say: Callable[[str], None]
     _waits: list[_Wait] = field(default_factory=list)
     _num_reports: int = 0
@@ -68,14 +73,20 @@ class Stalls:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            path = await self.report()
+            where = await self.report()
             facts = "; ".join(self.facts())
-            raise WorkerError(f"{text}, and did so for {timeout_s:g} s: {facts}; stacks are in {path}") from error
+            raise WorkerError(f"{text}, and did so for {timeout_s:g} s: {facts}; stacks: {where}") from error
         finally:
             self._waits.remove(wait)
 
     async def watch(self) -> None:
-        """Look at the waits until cancelled."""
+        """Look at the waits until cancelled; a process that ends ends this by name, also while nobody calls it."""
+        async with asyncio.TaskGroup() as tasks:
+            for process in self.processes:
+                tasks.create_task(process.watch(), name="process watch")
+            await self._look()
+
+    async def _look(self) -> None:
         with _watch_loop(self.folder, self.report_s, self.say) as beat:
             while True:
                 await asyncio.sleep(_LOOK_S)
@@ -86,26 +97,25 @@ class Stalls:
                         wait.is_told = True
                         self.say(f"{wait.text} for {waited_s:.0f} s by now; who is where: {await self.report()}")
 
-    async def report(self) -> Path:
-        """Write who waits for whom, with the stacks of all tasks and processes; the file."""
+    async def report(self) -> str:
+        """Write who waits for whom, with the stacks of all tasks and processes; where that is, or why it is nowhere."""
         now_s = time.monotonic()
         lines = ["# Waits", *(f"{wait.text}, for {now_s - wait.since_s:.1f} s" for wait in self._waits)]
         lines += ["", "# Parts", *self.facts(), "", "# Tasks", *describe_tasks()]
-        for stacks in self.stacks:
-            lines += ["", "# Process", await stacks()]
+        for process in self.processes:
+            lines += ["", "# Process", await process.stacks()]
         self._num_reports += 1
         path = self.folder / f"stall-{self._num_reports}.txt"
-        await asyncio.to_thread(_write, path, "\n".join(lines) + "\n")
-        return path
+        return await asyncio.to_thread(_write, path, "\n".join(lines) + "\n")
 
 
 def describe_tasks() -> list[str]:
     """Where every task of the running loop waits: the commonest places first, then the whole chains of some."""
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    chains = {task.get_name(): await_chain(task) for task in tasks}
-    places = Counter(chain[-1] for chain in chains.values() if chain)
+    chains = [(task.get_name(), await_chain(task)) for task in tasks]
+    places = Counter(chain[-1] for _, chain in chains if chain)
     lines = [f"{count} wait in {place}" for place, count in places.most_common()]
-    for name, chain in list(chains.items())[:_SHOWN_STACKS]:
+    for name, chain in chains[:_SHOWN_STACKS]:
         lines += ["", f"{name}:", *(f"  {place}" for place in chain)]
     return lines
 
@@ -113,24 +123,27 @@ def describe_tasks() -> list[str]:
 def await_chain(task: asyncio.Task[Any]) -> list[str]:
     """The frames of a waiting task from the outermost to where it waits, which `Task.get_stack` does not give."""
     chain = []
-    awaited: Any = task.get_coro()
+    awaited = _suspended(task.get_coro())
     while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None) or _frame_of(awaited)
+        if isinstance(awaited, CoroutineType):
+            frame, inner = awaited.cr_frame, awaited.cr_await
+        elif isinstance(awaited, AsyncGeneratorType):
+            frame, inner = awaited.ag_frame, awaited.ag_await
+        else:
+            frame, inner = awaited.gi_frame, awaited.gi_yieldfrom
         if frame is None:
             break
         chain.append(_describe(frame))
-        if isinstance(awaited, CoroutineType):
-            awaited = awaited.cr_await
-        elif isinstance(awaited, GeneratorType):
-            awaited = awaited.gi_yieldfrom
-        else:
-            awaited = getattr(awaited, "ag_await", None)
+        awaited = _suspended(inner)
     return chain
 
 
-def _frame_of(awaited: Any) -> FrameType | None:
-    frame: FrameType | None = getattr(awaited, "ag_frame", None)
-    return frame
+def _suspended(awaited: Any) -> _Suspended | None:
+    """What has a frame, behind what is awaited; None for a future or another thing without one."""
+    if isinstance(awaited, _KINDS):
+        return awaited
+    # `async for` and `async with` await an object of the interpreter that names its generator to nobody else
+    return next((each for each in gc.get_referents(awaited) if isinstance(each, _KINDS)), None)
 
 
 def _describe(frame: FrameType) -> str:
@@ -156,8 +169,8 @@ def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> It
                     for head, frame in zip(stacks, frames.values(), strict=True)
                 )
                 path = folder / "stall-loop.txt"
-                _write(path, text)
-                say(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks are in {path}")
+                where = _write(path, text)
+                say(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}")
                 return
 
     def beat() -> None:
@@ -172,6 +185,11 @@ def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> It
         thread.join()
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+def _write(path: Path, text: str) -> str:
+    """The file's path. A disk that is full or read-only must not hide the stall that is to be told."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        return f"nowhere, the report could not be written: {error.strerror}"
+    return str(path)

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 class StepTrace:
     """`losses` and `grad_norms` float64, shape (U,); `fingerprints` int64, shape (U, P, 2); `names` of the parameters.
 
-    Gradients are taken before they are clipped.
+    Gradients are taken before they are clipped. `made_on` says what computed them: other hardware rounds otherwise.
     """
 
     names: tuple[str, ...]
     losses: NDArray[np.float64]
     grad_norms: NDArray[np.float64]
     fingerprints: NDArray[np.int64]
+    made_on: str = ""
 
     def to_bytes(self) -> bytes:
         """Compressed, for the ledger."""
@@ -36,6 +37,7 @@ class StepTrace:
             losses=self.losses,
             grad_norms=self.grad_norms,
             fingerprints=self.fingerprints,
+            made_on=np.array(self.made_on, dtype=np.str_),
         )
         return buffer.getvalue()
 
@@ -48,6 +50,7 @@ class StepTrace:
                 losses=arrays["losses"],
                 grad_norms=arrays["grad_norms"],
                 fingerprints=arrays["fingerprints"],
+                made_on=str(arrays["made_on"]),
             )
 
     def difference(self, other: StepTrace) -> str | None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -26,6 +24,7 @@ from palaestra.envs import EnvSuite
 from palaestra.errors import ConfigError, refuse_inside_a_loop, ungrouped
 from palaestra.records import write_whole
 from palaestra.resources import Resources
+from palaestra.trainer._interrupts import interrupts
 from palaestra.trainer._model_identity import identity_of
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
@@ -39,7 +38,7 @@ from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
 from palaestra.trainer.rows import is_trainable, objection_to
 from palaestra.trainer.run_rules import compare
 from palaestra.trainer.sampler import TaskSampler
-from palaestra.trainer.stalls import HasStacks, Stalls
+from palaestra.trainer.stalls import ProcessPart, Stalls
 from palaestra.trainer.sync import WeightSync
 
 BEFORE_FIRST_WEIGHTS = -1
@@ -114,20 +113,21 @@ class Trainer:
     async def _afit(
         self, suite: EnvSuite, engine: Engine | None, resources: Resources | None, on_ready: OnReady | None
     ) -> FitResult:
-        async with self._parts(suite, engine, resources) as parts:
-            if on_ready is not None:
-                await on_ready(parts.learner.version)
-            fit = Fit(parts, on_step=self._on_step)
-            with _interrupts(fit.stop):
-                await fit.train()
-            await parts.learner.export(self.model_folder)
-            mark_family(self.model_folder, family_of(self.model, self.config.family))
-            return FitResult(
-                version=parts.learner.version,
-                is_complete=parts.learner.version >= self.config.steps,
-                model=self.model_folder,
-                steps=await parts.ledger.steps(),
-            )
+        with interrupts() as asked:
+            async with self._parts(suite, engine, resources) as parts:
+                if on_ready is not None:
+                    await on_ready(parts.learner.version)
+                fit = Fit(parts, on_step=self._on_step)
+                with asked.finishing(fit.stop):
+                    await fit.train()
+                await parts.learner.export(self.model_folder)
+                mark_family(self.model_folder, family_of(self.model, self.config.family))
+                return FitResult(
+                    version=parts.learner.version,
+                    is_complete=parts.learner.version >= self.config.steps,
+                    model=self.model_folder,
+                    steps=await parts.ledger.steps(),
+                )
 
     @property
     def model_folder(self) -> Path:
@@ -162,7 +162,8 @@ class Trainer:
             learner, engine = await self._open_models(own, engine)
             recorded = await ledger.meta()
             checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
-            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=self._say)
+            tell = partial(self._tell, ledger)
+            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=tell)
             await ledger.use_config(config.model_dump(mode="json"))
             await self._drop_unplayable(ledger, suite)
             policy = EnginePolicy(engine, renderer, config.sampling)
@@ -197,8 +198,11 @@ class Trainer:
             if recorded.get(key) != value:
                 await ledger.amend_meta(key, value)
         for line in lines:
-            self._say(line)
-            await ledger.note(line)
+            await self._tell(ledger, line)
+
+    async def _tell(self, ledger: Ledger, line: str) -> None:
+        self._say(line)
+        await ledger.note(line)
 
     async def _drop_unplayable(self, ledger: Ledger, suite: EnvSuite) -> None:
         """Groups in hand whose environment has left the suite are dropped by name."""
@@ -217,12 +221,11 @@ class Trainer:
                 *rollouts.describe()[:_SHOWN_EPISODES],
             ]
 
-        owners = [part for part in (learner, engine) if isinstance(part, HasStacks)]
         return Stalls(
             folder=self.run / "logs",
             report_s=self.config.stall_report_s,
             facts=facts,
-            stacks=[owner.stacks for owner in owners],
+            processes=[part for part in (learner, engine) if isinstance(part, ProcessPart)],
             say=self._say,
         )
 
@@ -270,32 +273,3 @@ class Trainer:
             raise ConfigError(
                 f"cannot write the run folder {self.run}: {error.strerror}; choose another place"
             ) from error
-
-
-@contextmanager
-def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: the first asks to stop, the second cancels the task that entered here."""
-    loop = asyncio.get_running_loop()
-    owner = asyncio.current_task()
-    asked: list[int] = []
-
-    def on_signal(number: int) -> None:
-        if asked and owner is not None:
-            owner.cancel()
-            return
-        asked.append(number)
-        print("stopping after this step; once more to leave now", file=sys.stderr, flush=True)
-        stop()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        loop.add_signal_handler(number, on_signal, number)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)

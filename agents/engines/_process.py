@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,10 @@ class ProcessEngine:
     def pid(self) -> int:
         """Process id of the engine's process."""
         return self._worker.pid
+
+    async def watch(self) -> NoReturn:
+        """Wait for the end of the process, which nobody asked for, and raise `WorkerError`."""
+        await self._worker.watch()
 
     async def stacks(self) -> str:
         """Where the engine's process is, thread by thread; see `WorkerProcess.stacks`."""

@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from palaestra.errors import PalaestraError, WorkerError
 
@@ -144,6 +144,11 @@ class WorkerProcess:
         """Call `method` in the child and drop its answer; does nothing when the child is gone."""
         if not self._is_dead:
             _write(self._writer, next(self._numbers), (method, args))
+
+    async def watch(self) -> NoReturn:
+        """Wait for the child's end, which nobody asked for, and raise `WorkerError` with its last log lines."""
+        await asyncio.shield(self._supervisor)
+        raise self._death()
 
     async def stacks(self) -> str:
         """Where each thread of the child is, as it prints that into its log; a sentence where it does not answer."""

@@ -19,6 +19,7 @@ from palaestra.envs import EnvSuite
 from palaestra.errors import LedgerError
 from palaestra.records import trajectory_from_bytes
 from palaestra.trainer import _ledger_store as store
+from palaestra.trainer._ledger_proof import prove
 from palaestra.types import Trajectory
 
 _RANKS = {"issued": 0, "finished": 1, "trained": 2, "dropped": 2}
@@ -84,7 +85,7 @@ def take(ledger: Path) -> Snapshot:
             return snapshot  # killed while the tables were made, the last of which this is
         _read(connection, snapshot)
         try:
-            store.prove(connection)
+            prove(connection)
             for number in snapshot.groups:
                 store.load_group(connection, number)
         except LedgerError as error:

@@ -54,8 +54,8 @@ POINTS: Mapping[str, Point] = {
     "saving": Point(LocalLearner, "save", "during", 2),
     "sealing": Point(checkpoints, "sync_folder", "before", 3),
     "loaded": Point(LocalLearner, "load", "after", 1),
-    "replaying": Point(resume, "replay_step", "during", 2),
-    "replayed": Point(resume, "replay_step", "after", 2),
+    "replaying": Point(resume, "make_again", "during", 2),
+    "replayed": Point(resume, "make_again", "after", 2),
     "exporting": Point(LocalLearner, "export", "during", 1),
 }
 
@@ -64,7 +64,7 @@ _PHASES: Mapping[str, tuple[Any, str]] = {
     "recording": (_ledger_store, "train"),
     "publishing": (WeightSync, "publish"),
     "saving": (checkpoints.Checkpoints, "save"),
-    "resuming": (resume, "replay_step"),
+    "resuming": (resume, "make_again"),
     "exporting": (LocalLearner, "export"),
     "playing": (Fit, "train"),
 }

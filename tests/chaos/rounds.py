@@ -85,7 +85,7 @@ def play_round(run: Run, kill: Kill | None, *, twin: Run | None = None) -> Round
     life = run.live(kill)
     after = audit.take(run.ledger)
     complaints = [*life.complaints, *audit.check(after, EnvSuite(dict(run.suite))), *audit.check_kept(before, after)]
-    complaints += [note for note in life.notes if "otherwise than the first time" in note]
+    complaints += [note for note in life.notes if "came out otherwise" in note]
     if life.is_over:
         complaints += _check_end(run, after, twin)
     return _round(kill, life, before, after, complaints)

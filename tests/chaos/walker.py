@@ -19,11 +19,14 @@ _NUM_SHOWN, _SKILL = 64, 0.5
 _NUM_UPDATES, _RATE = 60, 1e-2
 
 
-def make_walker(folder: Path) -> Path:
-    """Write the model and its tokenizer to `folder`; a second of imitation spares it nothing but silence."""
+def make_walker(folder: Path, size: TinyModelConfig = _SIZE, *, device: str = "cpu", rate: float = _RATE) -> Path:
+    """Write the model and its tokenizer to `folder`; a second of imitation spares it nothing but silence.
+
+    Larger models want a smaller learning `rate`, and a torch `device` that is quicker.
+    """
     shown = asyncio.run(collect(errands(), _NUM_SHOWN, skill=_SKILL, seed=0))
     make_tokenizer(texts_of(shown), folder, vocab_size=400)
-    make_model(folder, _SIZE)
+    make_model(folder, size)
     trajectories = tokenize(shown, open_renderer(folder))
     length = max(map(len, trajectories))
     ids_BT = torch.zeros((len(trajectories), length), dtype=torch.long)
@@ -31,15 +34,15 @@ def make_walker(folder: Path) -> Path:
     for row, trajectory in enumerate(trajectories):
         ids_BT[row, : len(trajectory)] = torch.as_tensor(trajectory.ids.copy(), dtype=torch.long)
         is_said_BT[row, : len(trajectory)] = torch.as_tensor(trajectory.loss_mask.copy())
-    _imitate(folder, ids_BT, is_said_BT)
+    _imitate(folder, ids_BT.to(device), is_said_BT.to(device), rate)
     return folder
 
 
-def _imitate(folder: Path, ids_BT: torch.Tensor, is_said_BT: torch.Tensor) -> None:
+def _imitate(folder: Path, ids_BT: torch.Tensor, is_said_BT: torch.Tensor, rate: float) -> None:
     disable_progress_bar()
-    torch.set_num_threads(1)  # so small a model gains nothing from a second one, and the same bytes come out anywhere
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE)
+    torch.set_num_threads(1)  # a second one gains nothing here, and on a busy machine costs minutes
+    model = AutoModelForCausalLM.from_pretrained(folder).to(ids_BT.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     wanted_N = ids_BT[:, 1:][is_said_BT[:, 1:]]
     for _ in range(_NUM_UPDATES):
         logits_NV = model(input_ids=ids_BT).logits[:, :-1][is_said_BT[:, 1:]]

@@ -44,7 +44,9 @@ def test_one_environment_is_described_with_its_tools() -> None:
     assert set(value["num_tasks"]) == {"train", "validation", "test"}
 
 
-@pytest.mark.parametrize("command", [[], ["envs"], ["eval"], ["train"], ["quickstart"]])
+@pytest.mark.parametrize(
+    "command", [[], ["envs"], ["eval"], ["train"], ["size"], ["replay"], ["quickstart"], ["doctor"]]
+)
 def test_every_command_has_help(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0
@@ -125,7 +127,7 @@ def test_a_users_module_is_imported_from_the_working_directory(tmp_path: Path, m
     assert_one_line(run("train", "run.toml", cwd=tmp_path), "no append-only chat format is known for 'nowhere'")
 
 
-@pytest.mark.parametrize("command", ["eval", "train"])
+@pytest.mark.parametrize("command", ["eval", "train", "size"])
 def test_a_module_that_does_not_import_is_one_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "run.toml").write_text("")

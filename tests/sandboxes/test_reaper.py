@@ -20,7 +20,7 @@ import pytest
 
 from palaestra.sandboxes import _reaper, _records
 from palaestra.sandboxes._owner import owner_of
-from palaestra.sandboxes.leases import Record, list_leases, reap
+from palaestra.sandboxes.leases import Record, boot_s, list_leases, reap
 from tests.conformance.abuse.scene import sleeper
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.hostview import Ground, eventually, marker, processes_with, traces_of
@@ -87,7 +87,7 @@ def _record(folder: Path, name: str, handle: str, *, owner: str | None = None, a
     path = folder / f"{name}.json"
     if owner is not None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "owner": owner}))
-    os.utime(path, (time.time() - age_s,) * 2)
+    os.utime(path, (boot_s() - age_s,) * 2)
 
 
 @pytest.mark.parametrize("name", ["jail", "docker", "podman", "subprocess"])

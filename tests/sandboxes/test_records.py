@@ -20,7 +20,7 @@ from palaestra.sandboxes import SandboxSpec, open_backend
 from palaestra.sandboxes._folders import make_folder
 from palaestra.sandboxes._owner import this_owner
 from palaestra.sandboxes._reaper import reap
-from palaestra.sandboxes._records import Record, lease_folder, list_leases
+from palaestra.sandboxes._records import Record, boot_s, lease_folder, list_leases
 from tests.sandboxes.conftest import require_backend
 from tests.sandboxes.hostview import eventually, marker, processes_with
 
@@ -68,6 +68,19 @@ def test_a_record_is_whole_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     _write()
     assert seen == [[]]
     assert [path.name for path in lease_folder().iterdir()] == ["box.json"]
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_wall_clock_that_jumps_ends_no_lease(monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    record = _write()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + days * 86_400)
+    [lease] = list_leases()
+    assert 0.0 <= boot_s() - lease.began_s < 60.0
+    assert lease.lifetime_s - 60.0 < lease.left_s(boot_s()) <= lease.lifetime_s
+    assert [each.what for each in reap() if lease.id in each.what] == []
+    record.renew()
+    assert list_leases()[0].began_s >= lease.began_s
 
 
 def test_what_a_killed_writer_left_goes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -57,6 +58,9 @@ class Run:
         self.records: list[StepRecord] = []
         self.notes: list[str] = []
 
+    async def note(self, line: str) -> None:
+        self.notes.append(line)
+
     async def open_learner(self, config: LearnerConfig) -> ToyLearner:
         return ToyLearner()
 
@@ -79,7 +83,7 @@ class Run:
                 self.learner,
                 config.learner,
                 open_learner=self.open_learner,
-                say=self.notes.append,
+                say=self.note,
             )
             await self.ledger.use_config(config.model_dump(mode="json"))
             self.buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
@@ -96,7 +100,7 @@ class Run:
                 is_valid=partial(is_trainable, config=config),
                 num_spare=config.num_spare,
             )
-            rollouts = RolloutWorkers(
+            self.rollouts = rollouts = RolloutWorkers(
                 self.suite, policy, sampler, self.ledger, resources, plan, on_group=self.buffer.put
             )
             sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
@@ -114,7 +118,7 @@ class Run:
                     folder=self.folder / "logs",
                     report_s=config.stall_report_s,
                     facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
-                    stacks=[],
+                    processes=[],
                     say=self.notes.append,
                 ),
             )
@@ -152,6 +156,60 @@ async def test_async_runs_ahead_and_sync_does_not(tmp_path: Path, tokenizer: Pat
     await behind.train()
     assert max(record.lag_max for record in ahead.records) >= 1
     assert {record.lag_max for record in behind.records} == {0}
+
+
+async def test_one_step_plays_each_batch_with_one_version_while_the_one_before_is_learned(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    run = Run(tmp_path, tokenizer, config(mode="one-step"))
+    run.learner.delay_s = 0.02
+    run.engine.delay_s = 0.005
+    await run.train()
+    assert [record.lag_max for record in run.records] == [0, 1, 1, 1, 1, 1]
+    for step, batch in enumerate(run.learner.batches):
+        versions = {int(v) for row in batch for v in row.trajectory.versions[row.trajectory.loss_mask]}
+        assert versions == {max(0, step - 1)}, "no swap in the middle of an episode"
+
+
+async def test_sync_steps_do_not_depend_on_who_was_last(tmp_path: Path, tokenizer: Path) -> None:
+    runs = [Run(tmp_path / str(k), tokenizer, config(mode="sync", max_lag=0, steps=3)) for k in range(2)]
+    runs[1].engine.jitter = np.random.default_rng(0)
+    for run in runs:
+        await run.train()
+    for one, other in zip(runs[0].learner.batches, runs[1].learner.batches, strict=True):
+        assert [row.trajectory for row in one] == [row.trajectory for row in other]
+
+
+async def test_a_step_is_on_record_before_its_weights_leave(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(steps=2))
+    seen: list[tuple[int, int]] = []
+    load = run.engine.load_weights
+
+    async def load_and_look(folder: Path, version: int, checksum: str | None = None) -> None:
+        seen.append((version, await run.ledger.last_step()))
+        await load(folder, version, checksum)
+
+    run.engine.load_weights = load_and_look  # type: ignore[method-assign]
+    await run.train()
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
+async def test_episodes_are_in_the_ledger_before_they_are_dispatched(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(steps=2))
+    choose, missing = run.engine.choose, []
+
+    def choose_and_look(prompt: Sequence[int], seed: int) -> list[int]:
+        with sqlite3.connect(f"file:{tmp_path / 'ledger.sqlite'}?mode=ro", uri=True) as connection:
+            (issued,) = connection.execute("SELECT COUNT(*) FROM episodes").fetchone()
+        connection.close()
+        groups = {line.split()[1].partition(".")[0] for line in run.rollouts.describe()}
+        if issued < 4 * len(groups):
+            missing.append(issued)
+        return choose(prompt, seed)
+
+    run.engine.choose = choose_and_look
+    await run.train()
+    assert not missing
 
 
 async def test_weights_reach_the_engine_in_order_once_each(tmp_path: Path, tokenizer: Path) -> None:

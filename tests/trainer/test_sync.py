@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from palaestra.errors import WorkerError
 from palaestra.trainer.sync import WeightSync
@@ -33,6 +36,47 @@ async def test_disagreement_stops_with_the_numbers() -> None:
         await sync.prepare([[1, 2, 3]])
         with pytest.raises(WorkerError, match=r"version 0 engine and learner disagree by 0\.3 nats"):
             await sync.publish(0)
+
+
+class StaleEngine(ToyEngine):
+    """Says that it loaded, and goes on with what it had; `-1 - version / 1000` is a token's log-probability."""
+
+    is_stale = False
+
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
+        if not self.is_stale:
+            await super().load_weights(folder, version, checksum)
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [np.full(len(ids) - 1, -1.0 - self.version / 1000, np.float32) for ids in sequences]
+
+
+class MovingLearner(ToyLearner):
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [np.full(len(ids) - 1, -1.0 - self.version / 1000, np.float32) for ids in sequences]
+
+
+@pytest.mark.parametrize("is_stale", [True, False])
+async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolerance(is_stale: bool) -> None:
+    engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
+    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = is_stale
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 1
+        if is_stale:
+            with pytest.raises(
+                WorkerError, match=r"version 1 the engine still holds the weights of the version before"
+            ):
+                await sync.publish(1)
+        else:
+            assert await sync.publish(1) == 0.0
+
+
+async def test_a_learner_at_another_version_is_not_published() -> None:
+    sync = WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1)
+    with sync, pytest.raises(WorkerError, match="published version 0, not 3"):
+        await sync.publish(3)
 
 
 async def test_nan_counts_as_disagreement() -> None:

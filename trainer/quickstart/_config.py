@@ -57,7 +57,7 @@ class QuickstartConfig(Config):
     """Held-out tasks on which each policy is judged."""
     concurrency: int = Field(default=32, ge=1)
     """Episodes played at once in evaluations and demonstrations."""
-    vocab_size: int = Field(default=768, ge=364)
+    vocab_size: int = Field(default=768, ge=366)
     """Most tokens of the small model's vocabulary."""
     tiny: TinyModelConfig = TinyModelConfig()
     """The small model."""

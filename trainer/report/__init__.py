@@ -2,5 +2,7 @@
 
 from palaestra.trainer.report._page import Stage, write_report
 from palaestra.trainer.report._plots import draw_plots
+from palaestra.trainer.report._predicted import ComparedTime, Comparison, compare
+from palaestra.trainer.report._run import write_run_report
 
-__all__ = ["Stage", "draw_plots", "write_report"]
+__all__ = ["ComparedTime", "Comparison", "Stage", "compare", "draw_plots", "write_report", "write_run_report"]

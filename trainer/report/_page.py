@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from palaestra.agents import EvalReport, Proportion
 from palaestra.trainer.report._plots import draw_plots, short_name
+from palaestra.trainer.report._predicted import Comparison
 from palaestra.types import Episode
 
 _EXAMPLES_PER_ENV = 2
@@ -38,10 +39,11 @@ def write_report(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     shown: EvalReport | None = None,
+    comparison: Comparison | None = None,
 ) -> Path:
     """Write `report.html`, `report.json`, `steps.json` and the plots into the run folder; the page's path.
 
-    `shown` is the evaluation whose episodes are printed as examples.
+    `shown` is the evaluation whose episodes are printed as examples. What there is nothing of has no section.
     """
     plots = draw_plots(run / "plots", evaluations, steps)
     environment = Environment(
@@ -62,12 +64,14 @@ def write_report(
         examples=_examples(shown.episodes) if shown is not None else [],
         facts=facts,
         notes=notes,
+        comparison=comparison,
     )
     values = {
         "title": title,
         "stages": [{"name": s.name, "seconds": s.seconds, "note": s.note} for s in stages],
         "evaluations": [report.to_json() for report in evaluations],
         "loop_times": loop_times(steps),
+        "predicted": comparison.to_json() if comparison is not None else None,
         "facts": dict(facts),
         "notes": list(notes),
     }

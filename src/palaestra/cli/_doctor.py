@@ -1,4 +1,4 @@
-"""`palaestra doctor`: what this machine can and cannot isolate."""
+"""`palaestra doctor`: what this machine can and cannot isolate, or whether a training job would work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palaestra.cli._tables import PlainTable, visible
+from palaestra.errors import ConfigError
 
 if TYPE_CHECKING:
     from palaestra.sandboxes.doctor import Diagnosis
@@ -15,8 +16,33 @@ if TYPE_CHECKING:
 _CANNOT_ISOLATE = 2
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Try every sandbox back end on this machine and say what it contains; exit code 2 when none isolates."""
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="TOML file or run folder of a training job, or `quickstart`; without it, the machine."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: --set train.steps=10.", metavar="KEY=VALUE")
+    ] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="Module of yours to import first; repeatable.", metavar="MODULE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Try what this machine can isolate, or the parts of a training job before it runs; exit code 2 for a failure."""
+    if config is not None:
+        from palaestra.cli._doctor_job import examine_job
+
+        examine_job(config, assignments or (), imports or (), as_json=as_json)
+        return
+    if assignments or imports:
+        raise ConfigError("--set and --import belong to a training job: palaestra doctor CONFIG")
+    _diagnose_machine(as_json)
+
+
+def _diagnose_machine(as_json: bool) -> None:
+    """Every sandbox back end on this machine, and what it contains; exit code 2 when none isolates."""
     from palaestra.sandboxes.doctor import diagnose
 
     diagnosis = diagnose()

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from palaestra import __version__
-from palaestra.cli import _doctor, _envs, _eval, _quickstart, _sandbox, _train
+from palaestra.cli import _doctor, _envs, _eval, _quickstart, _replay, _sandbox, _size, _train
 from palaestra.errors import ConfigError, PalaestraError, TaskError, WorkerError, leaves
 
 _USER_ERRORS = (ConfigError, TaskError)
@@ -26,8 +26,10 @@ app = typer.Typer(
 app.command("envs")(_envs.envs)
 app.command("eval")(_eval.evaluate)
 app.command("train")(_train.train)
+app.command("size")(_size.size)
 app.command("quickstart")(_quickstart.quickstart)
 app.command("doctor")(_doctor.doctor)
+app.command("replay")(_replay.replay)
 app.add_typer(_sandbox.app)
 
 

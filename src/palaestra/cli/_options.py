@@ -6,7 +6,9 @@ import asyncio
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,15 +77,29 @@ def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -
 
 @contextmanager
 def interruptible(afterwards: str) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says what `afterwards` comes of it, and exit code 130."""
+    """Turn Ctrl-C and SIGTERM into one line that says what `afterwards` comes of it, and exit code 130."""
     try:
-        yield
+        with _terminable():
+            yield
     except (KeyboardInterrupt, asyncio.CancelledError):
         _leave(afterwards)
     except BaseExceptionGroup as group:
         if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves(group)):
             _leave(afterwards)
         raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what is in here as Ctrl-C does: by default it would leave processes and folders behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _leave(afterwards: str) -> None:

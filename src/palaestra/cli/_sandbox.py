@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from dataclasses import asdict
 from typing import Annotated
 
@@ -21,9 +20,9 @@ _BENCHED = ("jail", "docker", "podman")
 @app.command("list")
 def list_sandboxes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show every leased sandbox and browser of this user, and whether its owner is alive."""
-    from palaestra.sandboxes.leases import list_leases
+    from palaestra.sandboxes.leases import boot_s, list_leases
 
-    now_s = time.time()
+    now_s = boot_s()
     leases = list_leases()
     if as_json:
         rows = [

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from palaestra.envs import EnvSuite
+    from palaestra.trainer import Trainer
+    from palaestra.trainer.trainer import FitResult
 
 
 def train(
@@ -28,11 +35,46 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per update and a last one.")] = False,
 ) -> None:
     """Train a model by GRPO on a suite of environments; the same command resumes a stopped run."""
-    from palaestra.cli._options import INTERRUPTED, interruptible, load_job
+    from palaestra.cli._options import INTERRUPTED, interruptible
+
+    with interruptible("the same command goes on from the last checkpoint"):
+        trainer, suite = _prepare(config, assignments or (), run, imports or (), allow or (), as_json)
+        if not as_json:
+            typer.echo(f"run folder: {trainer.run}")
+        started_s = time.monotonic()
+        result = trainer.fit(suite)
+    report = _report(trainer, suite, result, time.monotonic() - started_s)
+    summary = {"run": str(trainer.run), "version": result.version, "complete": result.is_complete, "report": report}
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        state = "done" if result.is_complete else "stopped; the same command goes on from there"
+        typer.echo(f"version {result.version}: {state}. The model is in {result.model}")
+        typer.echo(f"report: {report}")
+    if not result.is_complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _report(trainer: Trainer, suite: EnvSuite, result: FitResult, seconds: float) -> str:
+    from palaestra.trainer.report import write_run_report  # behind Matplotlib
+
+    page = write_run_report(
+        trainer.run, result, model=trainer.model, suite=suite.describe(), config=trainer.config, seconds=seconds
+    )
+    return str(page)
+
+
+def _prepare(
+    config: Path,
+    assignments: Sequence[str],
+    run: Path | None,
+    imports: Sequence[str],
+    allow: Sequence[str],
+    as_json: bool,
+) -> tuple[Trainer, EnvSuite]:
+    from palaestra.cli._options import load_job
     from palaestra.trainer import Trainer
     from palaestra.trainer.metrics import StepRecord, one_line
-
-    job = load_job(config, assignments or (), imports or ())
 
     def show(record: StepRecord) -> None:
         typer.echo(json.dumps(record.to_json()) if as_json else one_line(record))
@@ -40,16 +82,6 @@ def train(
     def tell(line: str) -> None:
         typer.echo(f"palaestra: {line}", err=True)
 
-    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow or ())
-    if not as_json:
-        typer.echo(f"run folder: {trainer.run}")
-    with interruptible("the same command goes on from the last checkpoint"):
-        result = trainer.fit(job.suite.build())
-    summary = {"run": str(trainer.run), "version": result.version, "complete": result.is_complete}
-    if as_json:
-        typer.echo(json.dumps(summary))
-    else:
-        state = "done" if result.is_complete else "stopped; the same command goes on from there"
-        typer.echo(f"version {result.version}: {state}. The model is in {result.model}")
-    if not result.is_complete:
-        raise typer.Exit(INTERRUPTED)
+    job = load_job(config, assignments, imports)
+    trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow)
+    return trainer, job.suite.build()

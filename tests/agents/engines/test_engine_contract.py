@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -276,6 +277,17 @@ async def test_weights_that_do_not_fit_change_nothing(
     completion = await served.sample(prompt_of(50, 8))
     assert set(completion.versions.tolist()) == {version}
     assert_exact(model_a.forward, prompt_of(50, 8), completion)
+
+
+async def test_only_the_published_bytes_are_loaded(served: Served, model_a: TinyModel, model_b: TinyModel) -> None:
+    version = await served.load(model_a)
+    checksum = hashlib.sha256((model_b.folder / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(PolicyError, match="are not the published ones"):
+        await served.engine.load_weights(model_a.folder, version + 1, checksum)
+    assert (await served.engine.stats()).version == version
+    await served.engine.load_weights(model_b.folder, version + 1, checksum)
+    served.version += 1
+    assert_exact(model_b.forward, prompt_of(20, 3), await served.sample(prompt_of(20, 3)))
 
 
 async def test_bad_prompts_are_refused_and_the_engine_goes_on(served: Served) -> None:

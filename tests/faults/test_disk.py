@@ -1,0 +1,92 @@
+"""A full disk, and a run folder that cannot be written: one line that says what to do, and nothing lost afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.faults.jobs import Ended, Job, check_plays, check_whole, last_step
+
+_SIZE_MB = 16
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own at the run folder's place."""
+    place = tmp_path / "run"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={_SIZE_MB}m", "none", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    require("mount", done.stderr.strip() or None)
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave not a block free."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
+def run_into_full_disk(job: Job, disk: Path, gate: str) -> Ended:
+    job.paths.gate.write_text(gate)
+    job.paths.open.unlink(missing_ok=True)
+    with job.start() as running:
+        running.until_told(f"gate: {gate}")
+        fill(disk)
+        job.paths.open.touch()
+        ended = running.wait()
+    (disk / "filler").unlink()
+    job.paths.gate.unlink()
+    return ended
+
+
+@pytest.mark.parametrize("gate", ["generate", "step", "save", "export"])
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(job: Job, disk: Path, gate: str) -> None:
+    ended = run_into_full_disk(job, disk, gate)
+    assert ended.code == 1, ended.text
+    (line,) = ended.lines
+    assert "free" in line
+    assert "run the same command again" in line
+    before = last_step(job.run)
+    assert before == {"generate": 0, "step": 0, "save": 1, "export": 3}[gate]
+    ended = job.finish()
+    assert ended.code == 0, ended.text
+    check_whole(job.run, steps=3)
+    check_plays(job.run)
+
+
+def test_a_disk_that_is_full_or_read_only_at_the_start_is_told_before_anything_starts(job: Job, disk: Path) -> None:
+    fill(disk)
+    ended = job.finish()
+    assert (ended.code, len(ended.lines)) == (1, 1), ended.text
+    assert "the disk is full: free space and run the same command again" in ended.lines[0]
+    (disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    ended = job.finish()
+    assert (ended.code, len(ended.lines)) == (2, 1), ended.text
+    assert "cannot write the run folder" in ended.lines[0]
+    assert "Read-only file system; choose another place" in ended.lines[0]
+
+
+def test_a_folder_without_permission_is_told(job: Job) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    job.run.mkdir(mode=0o500)
+    ended = job.finish()
+    assert ended.code == 2
+    assert "Permission denied; choose another place" in ended.text

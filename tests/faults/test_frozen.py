@@ -1,0 +1,85 @@
+"""Frozen parts: a report says who waits for whom, a deadline ends the run by name, and what thaws goes on."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import Job, Running, check_plays, check_whole, last_step
+
+ENGINE, LEARNER = "_transformers_worker", "_learner_worker"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def report_of(running: Running, text: str) -> str:
+    """The report of a stall of which the run says `text`; several may be told."""
+    lines = running.until(lambda: [line for line in running.errors().splitlines() if text in line], repr(text))
+    return Path(lines[-1].rpartition(" ")[2]).read_text()
+
+
+def test_what_thaws_before_the_deadline_goes_on(job: Job) -> None:
+    with job.start(steps=1000, stall_report_s=1.0) as running:
+        running.until_step(1)
+        engine = running.find(ENGINE)
+        engine.suspend()
+        report = report_of(running, "by now; who is where: ")
+        assert "# Waits" in report
+        assert " wait in " in report, "where the tasks are"
+        assert "transformers engine did not print its stacks within 2 s" in report
+        assert 'File "' in report, "the learner's threads"
+        engine.resume()
+        running.until_step(last_step(job.run) + 2)
+
+        job.paths.hang.touch()
+        report = report_of(running, "the learner waits for rollouts for ")
+        assert "Scene.begin" in report
+        assert "episodes are running" in report
+        assert "_transformers_worker.py" in report
+        job.paths.hang.unlink()
+        running.until_step(last_step(job.run) + 2)
+
+        job.paths.block.touch()
+        report = report_of(running, "the event loop has not turned for ")
+        assert "# Loop" in report
+        assert "scene.py" in report
+        assert "in begin" in report
+        job.paths.block.unlink()
+        running.until_step(last_step(job.run) + 2)
+        running.send(signal.SIGINT)
+        ended = running.wait()
+    assert ended.code == 130
+    assert set(check_plays(job.run)) <= {"scored", "truncated"}
+    check_whole(job.run, steps=last_step(job.run))
+
+
+def stop_at_deadline(job: Job, hit: str, **changes: object) -> str:
+    with job.start(steps=1000, stall_report_s=1.0, **changes) as running:
+        running.until_step(last_step(job.run) + 1)
+        if hit == "hang":
+            job.paths.hang.touch()
+        else:
+            running.find(hit).suspend()
+        ended = running.wait(timeout_s=60)
+    assert ended.code == 1, ended.text
+    assert "Traceback" not in ended.text
+    assert any("by now; who is where: " in line for line in ended.lines), ended.text
+    return ended.lines[-1]
+
+
+def test_what_does_not_thaw_ends_the_run_at_its_deadline_by_name(job: Job) -> None:
+    line = stop_at_deadline(job, LEARNER, learner__call_timeout_s=5.0)
+    assert line.startswith("palaestra: learner did not answer ")
+    line = stop_at_deadline(job, ENGINE, engine_config__call_timeout_s=5.0)
+    assert line.startswith("palaestra: transformers engine did not answer ")
+    line = stop_at_deadline(job, "hang", step_timeout_s=6.0)
+    assert line.startswith("palaestra: the learner waits for rollouts, and did so for 6 s: ")
+    assert "episode " in line
+    assert "stacks: " in line
+    job.paths.hang.unlink()
+    steps = last_step(job.run) + 1
+    ended = job.finish(steps=steps)
+    assert ended.code == 0, ended.text
+    check_plays(job.run)
+    check_whole(job.run, steps=steps)

@@ -1,0 +1,134 @@
+"""Conversations as tokens: renderers that rewrite history or lose arguments are found, ours are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from palaestra.agents import ExpertPolicy, Renderer
+from palaestra.agents.renderers import open_renderer
+from palaestra.envs import EnvLimits, EnvSuite
+from palaestra.resources import Resources
+from palaestra.trainer.doctor import Verdict
+from palaestra.trainer.doctor._conversations import check_calls, check_template, hard_calls, hard_values
+from palaestra.trainer.doctor._env_worker import Played
+from palaestra.trainer.tiny import make_tokenizer
+from palaestra.types import Message, ToolSpec
+from tests.toys import WORDS, call, register_echo
+
+register_echo()
+ECHO = "test/Echo-v0"
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    texts = ["say said stop ok wrong", *WORDS] * 3
+    return open_renderer(make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=512))
+
+
+@pytest.fixture
+async def played() -> dict[str, Played]:
+    from palaestra.agents import run_episode
+
+    suite = EnvSuite({ECHO: 1.0})
+    async with Resources() as resources:
+        episodes = [
+            await run_episode(suite.make(ECHO, resources=resources), ExpertPolicy(), task, episode_id=task.id, seed=0)
+            for task in suite.tasks(3)
+        ]
+    return {ECHO: Played(tuple(episodes), suite.make(ECHO).tools, EnvLimits(), {}, 1.0)}
+
+
+class Changed:
+    """A renderer with one fault."""
+
+    def __init__(self, inner: Renderer, fault: str) -> None:
+        self._inner = inner
+        self._fault = fault
+        self.stop_ids = () if fault == "stop" else inner.stop_ids
+
+    def start(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
+        return self._inner.start(messages, tools)
+
+    def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        extended = self._inner.extend(ids, messages)
+        return extended[1:] if self._fault == "history" else extended
+
+    def parse(self, ids: Sequence[int], tools: Sequence[ToolSpec]) -> Message:
+        parsed = self._inner.parse(ids, tools)
+        is_lost = self._fault == "words" or (self._fault == "quotes" and '"' in str(parsed.tool_calls))
+        return call("say", word="lost") if is_lost and parsed.tool_calls else parsed
+
+    def encode_reply(self, message: Message, tools: Sequence[ToolSpec]) -> list[int]:
+        return self._inner.encode_reply(message, tools)
+
+
+def test_our_format_appends_and_comes_back(played: dict[str, Played], renderer: Renderer) -> None:
+    finding = check_template(played, renderer, 512)
+    assert finding.verdict is Verdict.OK
+    assert "of 512 tokens" in finding.detail
+    finding = check_calls(played, renderer)
+    assert finding.verdict is Verdict.OK, finding.detail
+
+
+def test_format_that_rewrites_history_fails(played: dict[str, Played], renderer: Renderer) -> None:
+    finding = check_template(played, Changed(renderer, "history"), 512)
+    assert finding.verdict is Verdict.FAILURE
+    assert "does not start with the tokens before it" in finding.detail
+
+
+def test_format_without_a_stop_token_fails(played: dict[str, Played], renderer: Renderer) -> None:
+    assert check_template(played, Changed(renderer, "stop"), 512).verdict is Verdict.FAILURE
+
+
+def test_expert_that_hardly_fits_is_a_warning(played: dict[str, Played], renderer: Renderer) -> None:
+    finding = check_template(played, renderer, 20)
+    assert finding.verdict is Verdict.WARNING
+    assert "max_model_len" in finding.remedy
+
+
+def test_changed_messages_of_experts_fail_and_awkward_ones_warn(played: dict[str, Played], renderer: Renderer) -> None:
+    finding = check_calls(played, Changed(renderer, "words"))
+    assert finding.verdict is Verdict.FAILURE
+    assert '"lost"' in finding.detail
+    finding = check_calls(played, Changed(renderer, "quotes"))
+    assert finding.verdict is Verdict.WARNING
+    assert "awkward arguments come back changed" in finding.detail
+
+
+def test_hard_values_meet_their_schema() -> None:
+    schema = {"$defs": {"Point": {"type": "object", "properties": {"x": {"type": "number"}}}}}
+    assert hard_values({"type": "integer", "minimum": 1, "maximum": 9}, schema) == [7]
+    assert hard_values({"type": "integer", "minimum": 20, "maximum": 30}, schema) == [20]
+    assert hard_values({"enum": ["a", "b"]}, schema) == ["a", "b"]
+    assert hard_values({"type": "boolean"}, schema) == [True, False]
+    assert all(set(point) == {"x"} for point in hard_values({"$ref": "#/$defs/Point"}, schema))
+    assert None in hard_values({"anyOf": [{"type": "string"}, {"type": "null"}]}, schema)
+    assert [] in hard_values({"type": "array", "items": {"type": "string"}}, schema)
+    assert all(len(text) <= 4 for text in hard_values({"type": "string", "maxLength": 4}, schema))
+
+
+def test_a_schema_that_contains_itself_ends() -> None:
+    tree = {"type": "object", "properties": {"child": {"$ref": "#/$defs/Tree"}}}
+    assert hard_values({"$ref": "#/$defs/Tree"}, {"$defs": {"Tree": tree}})
+
+
+def test_each_awkward_call_varies_one_argument() -> None:
+    fields = {"text": {"type": "string"}, "count": {"type": "integer"}}
+    spec = ToolSpec(name="note", description="", parameters={"type": "object", "properties": fields})
+    calls = [message.tool_calls[0].arguments for message in hard_calls([spec])]
+    assert calls[0] == {"text": "plain", "count": 0}
+    assert all(set(arguments) == {"text", "count"} for arguments in calls)
+    assert sum(arguments["text"] != "plain" and arguments["count"] != 0 for arguments in calls) == 0
+    assert any("🦊" in str(arguments["text"]) for arguments in calls)
+
+
+def test_nested_arguments_come_back(tmp_path: Path) -> None:
+    renderer = open_renderer(make_tokenizer(["a b"], tmp_path, vocab_size=400))
+    fields = {"filters": {"type": "object"}, "ids": {"type": "array", "items": {"type": "number"}}}
+    spec = ToolSpec(name="find", description="", parameters={"type": "object", "properties": fields})
+    nothing = Played((), (spec,), EnvLimits(), {}, 1.0)
+    finding = check_calls({"t": nothing}, renderer)
+    assert finding.verdict is Verdict.OK, finding.detail

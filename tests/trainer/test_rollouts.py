@@ -1,0 +1,156 @@
+"""Stragglers are cut: the group goes on without them, they keep what they played, and count as nobody's failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from palaestra.agents import EnginePolicy, Sampling
+from palaestra.agents.renderers import open_renderer
+from palaestra.envs import EnvSuite
+from palaestra.resources import Resources
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.ledger import Ledger
+from palaestra.trainer.rollouts import LATE, SPARE, RolloutPlan, RolloutWorkers
+from palaestra.trainer.rows import is_trainable, make_rows, objection_to
+from palaestra.trainer.sampler import TaskSampler
+from palaestra.trainer.tiny import make_tokenizer
+from palaestra.types import Episode, Group, Outcome
+from tests.toys import WORDS, Echo, ToyEngine, call, register_echo
+
+register_echo()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ["say said stop ok wrong", *WORDS] * 3
+    return make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=512)
+
+
+class Play:
+    """Workers over a toy engine that lets the first `num_quick` episodes of each group end, and holds the others."""
+
+    def __init__(self, folder: Path, tokenizer: Path, config: GRPOConfig, *, num_quick: int) -> None:
+        self.folder = folder
+        self.config = config
+        self.suite = EnvSuite({"test/Echo-v0": 1.0}, options={"test/Echo-v0": {"limits": {"episode_s": 600.0}}})
+        self.renderer = open_renderer(tokenizer)
+        self.groups: asyncio.Queue[tuple[int, Group]] = asyncio.Queue()
+        self.num_quick = num_quick
+        self.num_held = 0
+        self._seeds: list[int] = []
+
+    async def put(self, number: int, group: Group) -> None:
+        self.groups.put_nowait((number, group))
+
+    def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
+        has_spoken = list(prompt).count(prompt[-1]) > 1
+        tools = self.suite.make("test/Echo-v0").tools
+        return self.renderer.encode_reply(call("stop") if has_spoken else call("say", word="ant"), tools)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[tuple[RolloutWorkers, Ledger]]:
+        play, config = self, self.config
+
+        class Slow(ToyEngine):
+            async def generate(self, prompt, sampling, *, stop_ids, seed=None):  # type: ignore[no-untyped-def]
+                has_spoken = list(prompt).count(prompt[-1]) > 1
+                if not has_spoken:
+                    play._seeds.append(seed)
+                elif len(play._seeds) > play.num_quick and play._is_held(prompt):
+                    await asyncio.Event().wait()
+                return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
+
+        ledger = await Ledger.open(self.folder, meta={})
+        plan = RolloutPlan(
+            group_size=config.group_size,
+            max_groups_in_hand=1,
+            concurrency=config.concurrency,
+            seed=0,
+            max_failure_rate=0.0,
+            max_invalid_rate=0.0,
+            group_timeout_s=config.group_timeout_s,
+            is_valid=lambda outcome: is_trainable(outcome, config),
+            num_spare=config.num_spare,
+        )
+        policy = EnginePolicy(Slow(self.choose), self.renderer, Sampling(max_tokens=16))
+        async with Resources() as resources:
+            sampler = TaskSampler(self.suite, seed=0)
+            workers = RolloutWorkers(self.suite, policy, sampler, ledger, resources, plan, on_group=self.put)
+            try:
+                yield workers, ledger
+            finally:
+                await ledger.aclose()
+
+    def _is_held(self, prompt: Sequence[int]) -> bool:
+        self.num_held += 1
+        return self.num_held > self.num_quick
+
+    async def first(self) -> tuple[Group, list[Episode]]:
+        """The first group, and what the ledger has of it."""
+        num_open = Echo.num_open
+        async with self.open() as (workers, ledger):
+            running = asyncio.create_task(workers.run())
+            async with asyncio.timeout(30):
+                number, group = await self.groups.get()
+            running.cancel()
+            await asyncio.wait((running,))
+            assert running.cancelled(), "what was cut is no failure that stops the run"
+            assert workers.num_generating == 0
+            [(recorded, same)] = await ledger.finished()
+            assert recorded == number
+        assert Echo.num_open == num_open, "what was cut is closed too"
+        return group, list(same.episodes)
+
+
+def config(**changes: object) -> GRPOConfig:
+    return GRPOConfig.parse({"group_size": 3, "num_spare": 2, "groups_per_step": 1, "concurrency": 8} | changes)
+
+
+def outcomes(group: Group) -> list[str]:
+    return sorted(episode.outcome.value for episode in group.episodes)
+
+
+async def test_spares_are_cut_once_enough_ended_and_keep_their_turns(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config()
+    group, recorded = await Play(tmp_path, tokenizer, settings, num_quick=3).first()
+    assert outcomes(group) == ["cancelled"] * 2 + ["scored"] * 3
+    cut = [episode for episode in recorded if episode.outcome is Outcome.CANCELLED]
+    for episode in cut:
+        assert episode.reward is None
+        assert episode.failure is not None
+        assert episode.failure.message == SPARE
+        assert len(episode.turns) == 1
+        assert episode.trajectory is not None
+        assert episode.trajectory.num_sampled > 0
+    assert len(make_rows([group], settings)) == 3, "what was cut is not trained"
+    assert objection_to(group, settings) is None
+
+
+async def test_a_group_at_its_deadline_goes_on_with_those_that_ended(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config(group_timeout_s=0.3, num_spare=0)
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=2).first()
+    assert outcomes(group) == ["cancelled", "scored", "scored"]
+    assert {e.failure.message for e in group.episodes if e.failure} == {LATE}
+    assert objection_to(group, settings) is None
+
+
+async def test_a_group_with_too_few_at_its_deadline_is_late(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config(group_timeout_s=0.3)
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=1).first()
+    assert outcomes(group) == ["cancelled"] * 4 + ["scored"]
+    assert objection_to(group, settings) == "late"
+
+
+async def test_episodes_that_wait_for_their_turn_when_the_group_is_cut_never_begin(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    settings = config(group_timeout_s=0.3, concurrency=1, num_spare=0)
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=0).first()
+    assert outcomes(group) == ["cancelled"] * 3
+    assert sorted(len(episode.turns) for episode in group.episodes) == [0, 0, 1]
+    assert objection_to(group, settings) == "late"

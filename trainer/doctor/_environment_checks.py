@@ -1,0 +1,91 @@
+"""The checks of each environment: it plays, leaves nothing, answers in time, and its reward tells play apart."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from palaestra.trainer.doctor._check import Finding
+from palaestra.trainer.doctor._env_worker import Played, Stay
+from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
+from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._probe import EnvProbe
+from palaestra.trainer.doctor._sheet import Sheet
+from palaestra.trainer.doctor._subject import NewModel, Subject
+
+ROWS = ("environment", "reward", "latency", "leaks")
+"""Names of the rows of every environment, which its id follows."""
+
+_NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
+_MAX_AT_ONCE = 64
+_PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
+_ROUND_S, _LEAST_ROUND = 6.0, 4
+"""How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
+
+
+class EnvironmentChecks:
+    """Experts play first, because models are made and checked with what they say."""
+
+    def __init__(self, subject: Subject, sheet: Sheet, probe: EnvProbe) -> None:
+        self.conversations: Part[dict[str, Played]] = Part("episodes of the environments")
+        self.memory_mb: Part[int] = Part("the environments' memory")
+        self._subject = subject
+        self._sheet = sheet
+        self._probe = probe
+        self._count = _NUM_FOR_VOCABULARY if isinstance(subject.model, NewModel) else _NUM_EXPERT
+        self._at_once = at_once(subject)
+        self._played: dict[str, Played] = {}
+        self._stays: dict[str, Stay] = {}
+
+    async def run(self) -> None:
+        """All rows of all environments."""
+        env_ids = self._subject.suite.env_ids
+        deadline_s = _PLAY_S + _GRACE_S
+        working = [
+            env_id
+            for env_id in env_ids
+            if await self._sheet.row(f"environment {env_id}", deadline_s, partial(self._play_well, env_id))
+        ]
+        self.conversations.settle(dict(self._played) or None)
+        for env_id in env_ids:
+            random: Part[Played] = Part("random play" if env_id in working else "the environment")
+            if env_id not in working:
+                random.settle(None)
+            leaks = partial(self._play_random, env_id, random)
+            await self._sheet.row(f"leaks {env_id}", deadline_s, leaks)
+            random.give_up()
+            await self._sheet.row(f"latency {env_id}", _JUDGE_S, partial(self._latency, env_id, random))
+            await self._sheet.row(f"reward {env_id}", _JUDGE_S, partial(self._reward, env_id, random))
+        self.memory_mb.settle(sum(map(used_mb, self._stays.values())) if self._stays else None)
+
+    async def _play_well(self, env_id: str) -> Finding:
+        played = await self._probe.play_well(env_id, self._count, _PLAY_S)
+        self._played[env_id] = played
+        return judge_play(played, self._subject.train.max_failure_rate)
+
+    async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
+        if random.is_missing:
+            await random.get()  # says why
+        played, stay = await self._probe.play_random(env_id, self._round_size(env_id), _PLAY_S)
+        self._stays[env_id] = stay
+        random.settle(played)
+        return judge_stay(stay)
+
+    async def _latency(self, env_id: str, random: Part[Played]) -> Finding:
+        strange = await random.get()
+        return judge_latency([self._played[env_id], strange], self._round_size(env_id))
+
+    async def _reward(self, env_id: str, random: Part[Played]) -> Finding:
+        strange = await random.get()
+        first = self._played[env_id]
+        return judge_reward(first if first.is_expert else None, strange)
+
+    def _round_size(self, env_id: str) -> int:
+        """Episodes of a round, all at once: as many as in the run, fewer where the first ones took long."""
+        first = self._played[env_id]
+        pace = len(first.episodes) / max(first.wall_s, 1e-3)
+        return min(self._at_once, max(_LEAST_ROUND, int(pace * _ROUND_S)))
+
+
+def at_once(subject: Subject) -> int:
+    """Episodes that are probed at once: as many as in the run, as far as that is quick."""
+    return min(subject.train.concurrency, _MAX_AT_ONCE)

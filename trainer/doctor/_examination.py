@@ -1,0 +1,74 @@
+"""The examination: what depends on what, and in which order.
+
+Environments are probed in a process of their own while engine and learner start; a model that the job makes itself is
+made from the experts' first episodes. Invariants: every check gives one row, in one order, whatever breaks; when
+`examine` returns or raises, no process and no folder of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from palaestra.resources import Resources
+from palaestra.trainer.doctor import _environment_checks, _model_checks
+from palaestra.trainer.doctor._check import Check, Finding
+from palaestra.trainer.doctor._environment_checks import EnvironmentChecks, at_once
+from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._machine import Machine, look_at_machine
+from palaestra.trainer.doctor._marks import marked
+from palaestra.trainer.doctor._memory_plan import judge_memory, plan
+from palaestra.trainer.doctor._model_checks import ModelChecks
+from palaestra.trainer.doctor._model_size import read_size
+from palaestra.trainer.doctor._probe import EnvProbe
+from palaestra.trainer.doctor._settings import check_settings
+from palaestra.trainer.doctor._sheet import Sheet
+from palaestra.trainer.doctor._subject import Subject
+from palaestra.trainer.progress import Display
+
+_QUICK_S = 30.0
+
+
+async def examine(subject: Subject, display: Display) -> list[Check]:
+    """Check a job before it runs; a row for each check."""
+    names = _row_names(subject)
+    with tempfile.TemporaryDirectory(prefix="palaestra-doctor-") as folder, display.bar("doctor", len(names)) as bar:
+        sheet = Sheet(bar)
+        async with marked(folder), Resources() as resources:
+            await _fill(subject, sheet, Path(folder), resources)
+        return [sheet.rows[name] for name in names]
+
+
+def _row_names(subject: Subject) -> list[str]:
+    of_environments = [f"{what} {env_id}" for env_id in subject.suite.env_ids for what in _environment_checks.ROWS]
+    return ["settings", *of_environments, *_model_checks.ROWS, "memory"]
+
+
+async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resources) -> None:
+    machine = await asyncio.to_thread(look_at_machine)  # before anything of ours takes memory
+    probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed)
+    await resources.get("probe", partial(_given, probe))
+    environments = EnvironmentChecks(subject, sheet, probe)
+    model = ModelChecks(subject, sheet, folder, resources, environments.conversations)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(sheet.row("settings", _QUICK_S, partial(_check_settings, subject, machine)))
+        tasks.create_task(environments.run())
+        tasks.create_task(model.run())
+    measure = partial(_check_memory, subject, machine, model.model, environments.memory_mb)
+    await sheet.row("memory", _QUICK_S, measure)
+
+
+async def _given(probe: EnvProbe) -> EnvProbe:
+    return probe
+
+
+async def _check_settings(subject: Subject, machine: Machine) -> Finding:
+    return await asyncio.to_thread(check_settings, subject, machine)
+
+
+async def _check_memory(subject: Subject, machine: Machine, model: Part[str], memory_mb: Part[int]) -> Finding:
+    path, environments_mb = await model.get(), await memory_mb.get_or_none()
+    size = await asyncio.to_thread(read_size, path)  # last of all: a hub model has been fetched by now
+    return judge_memory(plan(size, subject.train, machine, environments_mb), machine)

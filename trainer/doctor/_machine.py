@@ -1,0 +1,57 @@
+"""What this machine offers a run: cores, memory, GPUs. Nothing heavy is imported to find out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from palaestra.sandboxes.doctor import free_memory
+
+_QUERY = ("nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits")
+_QUERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Sizes in MiB. `gpu_free_mb` and `gpu_total_mb` are of the first GPU, 0 without one that torch can use."""
+
+    num_cores: int
+    free_mb: int
+    free_what: str = "available"
+    gpu_free_mb: int = 0
+    gpu_total_mb: int = 0
+
+    def uses_gpu(self, device: str) -> bool:
+        """Whether a part with this `device` setting computes on a GPU here."""
+        return device != "cpu" and self.gpu_total_mb > 0
+
+
+def look_at_machine() -> Machine:
+    """What is there now; blocks for a moment."""
+    free_mb, what = free_memory()
+    gpu_free_mb, gpu_total_mb = _gpu() if _torch_has_cuda() else (0, 0)
+    return Machine(
+        num_cores=len(os.sched_getaffinity(0)),
+        free_mb=free_mb,
+        free_what=what,
+        gpu_free_mb=gpu_free_mb,
+        gpu_total_mb=gpu_total_mb,
+    )
+
+
+def _torch_has_cuda() -> bool:
+    try:
+        return "+cpu" not in version("torch")
+    except PackageNotFoundError:
+        return False
+
+
+def _gpu() -> tuple[int, int]:
+    try:
+        asked = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_S, check=True)
+        free, total = asked.stdout.splitlines()[0].split(",")
+        return int(free), int(total)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0, 0

@@ -1,0 +1,77 @@
+"""How large a model is, read from its configuration and from the headers of its weights: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palaestra.errors import ConfigError
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 100 << 20
+_TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """Counts that decide about memory."""
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+def read_size(model: str) -> ModelSize:
+    """The size of a model folder, or of a hub model that is already here; raises `ConfigError`."""
+    folder = _folder(model)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text: dict[str, Any] = values.get("text_config") or values
+        num_heads = int(text["num_attention_heads"])
+        hidden = int(text["hidden_size"])
+        return ModelSize(
+            num_parameters=_count_parameters(folder, is_tied=bool(text.get("tie_word_embeddings"))),
+            num_layers=int(text["num_hidden_layers"]),
+            hidden_size=hidden,
+            ffn_size=int(text.get("intermediate_size") or 4 * hidden),
+            num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
+            head_dim=int(text.get("head_dim") or hidden // num_heads),
+            vocab_size=int(text["vocab_size"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read the size of {folder}: {type(error).__name__}: {error}") from error
+
+
+def _folder(model: str) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model!r} is no folder here and has not been fetched from the hub") from error
+
+
+def _count_parameters(folder: Path, *, is_tied: bool) -> int:
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            if length > _MAX_HEADER:
+                raise ValueError(f"{path.name} has no safetensors header")
+            header = json.loads(file.read(length))
+        names = [name for name in header if name != "__metadata__" and not (is_tied and name == _TIED_HEAD)]
+        count += sum(math.prod(header[name]["shape"]) for name in names)
+    if not count:
+        raise ValueError("there are no *.safetensors in it")
+    return count

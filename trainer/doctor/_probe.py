@@ -1,0 +1,64 @@
+"""The parent's end of the process in which environments are probed; one that died or is late is replaced.
+
+Invariant: nothing of it lives after `aclose`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from palaestra.envs import EnvSuite, registration
+from palaestra.processes import WorkerProcess
+from palaestra.trainer.doctor._env_worker import Played, ProbeSetup, Stay
+from palaestra.trainer.doctor._marks import MARK, end_marked
+
+_TARGET = "palaestra.trainer.doctor._env_worker:build"
+_START_S = 60.0
+
+
+class EnvProbe:
+    """Plays a suite's environments one after another, away from this process."""
+
+    def __init__(self, suite: EnvSuite, folder: Path, *, concurrency: int, seed: int) -> None:
+        scratch = folder / "probe"
+        scratch.mkdir()
+        registrations = tuple(registration(env_id) for env_id in suite.env_ids)
+        self._setup = ProbeSetup(suite, registrations, concurrency, seed, scratch)
+        self.mark = str(scratch)
+        self._log_path = folder / "environments.log"
+        self._worker: WorkerProcess | None = None
+
+    async def play_well(self, env_id: str, count: int, deadline_s: float) -> Played:
+        """The expert's episodes on `count` tasks; random play where the environment ships none."""
+        played: Played = await self._call("play_well", env_id, count, deadline_s)
+        return played
+
+    async def play_random(self, env_id: str, count: int, deadline_s: float) -> tuple[Played, Stay]:
+        """Random episodes, `count` in each of several rounds, and what stayed behind."""
+        result: tuple[Played, Stay] = await self._call("play_random", env_id, count, deadline_s)
+        return result
+
+    async def aclose(self) -> None:
+        """End the process and whatever an environment left behind; idempotent."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.aclose()
+        await end_marked(self.mark)
+
+    async def _call(self, method: str, env_id: str, count: int, deadline_s: float) -> Any:
+        if self._worker is None:
+            self._worker = await WorkerProcess.start(
+                _TARGET,
+                self._setup,
+                name="the process of the environments",
+                log_path=self._log_path,
+                start_timeout_s=_START_S,
+                env={MARK: self.mark},
+            )
+        try:
+            return await self._worker.call(method, env_id, count, timeout_s=deadline_s)
+        except BaseException:  # it may still be busy with this call: the next environment gets a fresh one
+            worker, self._worker = self._worker, None
+            await worker.aclose(timeout_s=0)
+            raise

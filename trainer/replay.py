@@ -1,0 +1,101 @@
+"""Replay: makes one step of a run again from its ledger, on a CPU, and compares loss and gradients bit for bit.
+
+Invariant: the run's folder is only read, so a run that is going on can be replayed, and one on a read-only disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from palaestra.errors import ConfigError
+from palaestra.trainer._model_identity import identity_of
+from palaestra.trainer.checkpoints import Checkpoints, version_of
+from palaestra.trainer.learner import LearnerConfig, LocalLearner
+from palaestra.trainer.ledger import read_configs, read_meta, read_step
+from palaestra.trainer.resume import Again, by_settings, make_again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a replay found: the step, the version it began at, and both traces."""
+
+    step: int
+    start: int
+    again: Again
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether loss and gradients came out equal, to the last bit."""
+        return self.again.before is not None and self.again.difference is None
+
+    def describe(self) -> str:
+        """One line for a person."""
+        before, now = self.again.before, self.again.now
+        if before is None or now is None:
+            return f"step {self.step} has no trace on record: there is nothing to compare with"
+        if self.again.difference is not None:
+            return f"step {self.step} DIFFERS: {self.again.difference}{self.again.reason}"
+        losses = ", ".join(f"{loss:.6g}" for loss in now.losses)
+        return (
+            f"step {self.step} came out as recorded, bit for bit: loss {losses}, "
+            f"{now.fingerprints.shape[0] * len(now.names)} gradients, made on {now.made_on}"
+        )
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of a fit: `path`, or the one inside the folder of a quickstart."""
+    inner = path / "rl"
+    return inner if not (path / "ledger.sqlite").exists() and (inner / "ledger.sqlite").exists() else path
+
+
+async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str], None]) -> Replay:
+    """Make a step again, from the newest whole checkpoint before it, or from the model the run began with.
+
+    `model` tells where that model is now, if it was moved. `say` hears of steps on the way that came out otherwise.
+    Raises `LedgerError` when there is no such step or a byte of it changed, `ConfigError` for another model.
+    """
+    await asyncio.to_thread(read_step, run, step)
+    meta = await asyncio.to_thread(read_meta, run)
+    source = model if model is not None else await asyncio.to_thread(_recorded_model, run)
+    if await asyncio.to_thread(identity_of, source) != meta["model"]:
+        raise ConfigError(f"{source} is not the model that the run began with; say where that is with --model")
+    checkpoint = await asyncio.to_thread(Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
+    start = version_of(checkpoint) if checkpoint is not None else 0
+    configs = await asyncio.to_thread(read_configs, run, range(start + 1, step + 1))
+    scratch = Path(tempfile.mkdtemp(prefix="palaestra-replay-"))
+    try:
+        for number, (config, steps) in enumerate(by_settings(configs)):
+            async with await _open(source, config, scratch / "learner.log") as learner:
+                if checkpoint is not None:
+                    await learner.load(checkpoint)
+                again = await _make_all(run, learner, steps, step, say)
+                checkpoint = scratch / f"after-{number}"
+                await learner.save(checkpoint)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+    return Replay(step=step, start=start, again=again)
+
+
+async def _make_all(run: Path, learner: LocalLearner, steps: range, wanted: int, say: Callable[[str], None]) -> Again:
+    for each in steps:
+        again = await make_again(learner, await asyncio.to_thread(read_step, run, each))
+        if each != wanted and again.difference is not None:
+            say(f"on the way, step {each} came out otherwise ({again.difference}){again.reason}")
+    return again
+
+
+async def _open(model: str, config: LearnerConfig, log_path: Path) -> LocalLearner:
+    return await LocalLearner.start(model, config.model_copy(update={"device": "cpu"}), log_path=log_path)
+
+
+def _recorded_model(run: Path) -> str:
+    try:
+        return str(json.loads((run / "config.json").read_text())["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{run} does not say which model it trains; give it with --model") from error
