@@ -34,6 +34,7 @@ def page(log: RoundLog, options: argparse.Namespace) -> str:
             "",
             *_table(log),
             "",
+            "Played anew are the episodes that were under way at a kill; one that two kills hit counts twice.",
             "A run with Transformers in sync mode was also compared with one that nobody killed: weights, optimiser,",
             "generator state, metrics other than seconds, gradients' fingerprints and all episodes, to the bit.",
             "",
