@@ -59,6 +59,11 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, old)
         return target
 
+    @property
+    def latest(self) -> int:
+        """The newest version that was saved, 0 where there is none; unchecked."""
+        return max(map(_version_of, self._found()), default=0)
+
     def before(self, version: int) -> list[Path]:
         """Checkpoints of a version up to `version`, newest first, unchecked."""
         return [folder for folder in reversed(self._found()) if _version_of(folder) <= version]

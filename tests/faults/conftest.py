@@ -9,7 +9,7 @@ import pytest
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.faults.jobs import Job
 
-_SIZE = TinyModelConfig(start="random", hidden_size=32, num_layers=2, num_heads=1, ffn_size=64, max_positions=256)
+_SIZE = TinyModelConfig(start="random", hidden_size=32, num_layers=2, num_heads=1, ffn_size=64, max_positions=4096)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,8 @@ class Job:
             f"[suite.options.{json.dumps(name)}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
             for name, values in self.options.items()
         )
-        config.write_text(f"model = {json.dumps(str(self.model))}\n[suite.weights]\n{suite}{options}")
+        head = f'model = {json.dumps(str(self.model))}\n[suite]\nform = "compact"\n'
+        config.write_text(f"{head}[suite.weights]\n{suite}{options}")
         values = {**TRAIN, **self.train, **{key.replace("__", "."): value for key, value in changes.items()}}
         assignments = [word for k, v in values.items() for word in ("--set", f"train.{k}={json.dumps(v)}")]
         program = str(Path(sys.executable).with_name("palaestra"))

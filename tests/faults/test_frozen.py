@@ -25,7 +25,7 @@ def test_what_thaws_before_the_deadline_goes_on(job: Job) -> None:
         engine = running.find(ENGINE)
         engine.suspend()
         report = report_of(running, "by now; who is where: ")
-        assert "# Waits" in report
+        assert "# Waits\nthe l" in report, "the learner or the loop waits"
         assert " wait in " in report, "where the tasks are"
         assert "transformers engine did not print its stacks within 2 s" in report
         assert 'File "' in report, "the learner's threads"

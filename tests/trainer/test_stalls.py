@@ -115,3 +115,22 @@ async def test_a_loop_that_does_not_turn_is_told_with_its_stack(tmp_path: Path, 
         assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop.txt").read_text()
     else:
         assert "could not be written" in told[0]
+
+
+async def test_a_report_that_takes_its_time_is_no_loop_that_stands(tmp_path: Path) -> None:
+    told: list[str] = []
+    gate = asyncio.Event()
+
+    async def slow_stacks() -> str:
+        await asyncio.sleep(0.5)
+        gate.set()
+        return "nothing"
+
+    stalls = make_stalls(tmp_path, told, report_s=0.1)
+    stalls.stacks = [slow_stacks]
+    watching = asyncio.create_task(stalls.watch())
+    async with stalls.wait("a waits for b"):
+        await gate.wait()
+    watching.cancel()
+    await asyncio.wait((watching,))
+    assert not any("has not turned" in line for line in told)
