@@ -88,8 +88,8 @@ async def test_a_torn_page_is_named_or_changes_nothing(whole: Path, tmp_path: Pa
         try:
             found = text_of(await read_all(tmp_path))
         except LedgerError as error:
-            assert "\n" not in str(error)
-            assert "restore" in str(error)
+            assert "\n" not in str(error)  # noqa: PT017  # most pages raise, and some need not
+            assert "restore" in str(error)  # noqa: PT017
             num_named += 1
         else:
             assert found == expected, f"page {place // _PAGE} was lost without a word"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import signal
+import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from palaestra.sandboxes.leases import list_leases
 from tests.conftest import require
-from tests.faults.jobs import Job, check_plays, check_whole, last_step, plays
+from tests.faults.jobs import Job, Running, check_plays, check_whole, last_step, plays
 from tests.parts import missing_bwrap, missing_chromium, missing_vllm
 
 ENGINE, LEARNER = "_transformers_worker", "_learner_worker"
+_SETTLED_S = 1.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -67,8 +71,8 @@ def test_parts_of_environments_are_started_anew(job: Job) -> None:
     with job.start(steps=1000) as running:
         for env_id, word in PARTS.items():
             running.until(partial(has_played, job.run, env_id, "scored", "truncated"), f"a play of {env_id}")
-            running.find(word).kill()
-            running.until(partial(has_played, job.run, env_id, "infra_error"), f"a failure in {env_id}")
+            running.find(word)
+            running.until(partial(kill_until_felt, running, word, env_id), f"a failure in {env_id}")
             running.until(partial(goes_on, job.run, env_id), f"{env_id} that goes on")
         running.until_step(last_step(job.run) + 2)
         running.send(signal.SIGINT)
@@ -78,6 +82,17 @@ def test_parts_of_environments_are_started_anew(job: Job) -> None:
     assert left == []
     assert set(check_plays(job.run)) <= {"infra_error", "scored", "truncated"}, "nothing else is affected"
     check_whole(job.run, steps=last_step(job.run))
+
+
+def kill_until_felt(running: Running, word: str, env_id: str) -> bool:
+    """Kill the part as often as it takes to hit it while an episode uses it."""
+    if has_played(running.job.run, env_id, "infra_error"):
+        return True
+    for member in running.family():
+        with suppress(psutil.NoSuchProcess):
+            if word in " ".join(member.cmdline()) and time.time() - member.create_time() > _SETTLED_S:
+                member.kill()
+    return False
 
 
 def outcomes_of(run: Path, env_id: str) -> list[str]:

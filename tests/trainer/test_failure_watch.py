@@ -17,7 +17,9 @@ VALID = (Outcome.SCORED, Outcome.TRUNCATED)
 
 def episode(outcome: Outcome) -> Episode:
     failure = Failure(kind="SandboxError", message="no box", boundary="env") if outcome not in VALID else None
-    return replace(make_group(0).episodes[0], outcome=outcome, reward=1.0 if outcome in VALID else None, failure=failure)
+    return replace(
+        make_group(0).episodes[0], outcome=outcome, reward=1.0 if outcome in VALID else None, failure=failure
+    )
 
 
 def watch(*, failed: float = 0.25, invalid: float = 0.5) -> FailureWatch:

@@ -44,9 +44,7 @@ def test_what_is_free_is_taken_over_in_a_line(changes: dict[str, object]) -> Non
         (settings(), settings(learner={"seed": 1}), "train.learner.seed"),
     ],
 )
-def test_what_is_fixed_is_refused_whatever_is_allowed(
-    old: dict[str, object], new: dict[str, object], key: str
-) -> None:
+def test_what_is_fixed_is_refused_whatever_is_allowed(old: dict[str, object], new: dict[str, object], key: str) -> None:
     with pytest.raises(LedgerError, match=f"started with {key} = .*use another run folder"):
         compare(old, new, allow=("model", "seed", "train", "suite"))
 

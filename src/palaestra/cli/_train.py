@@ -51,7 +51,12 @@ def train(
 
 
 def _prepare(
-    config: Path, assignments: Sequence[str], run: Path | None, imports: Sequence[str], allow: Sequence[str], as_json: bool
+    config: Path,
+    assignments: Sequence[str],
+    run: Path | None,
+    imports: Sequence[str],
+    allow: Sequence[str],
+    as_json: bool,
 ) -> tuple[Trainer, EnvSuite]:
     from palaestra.cli._options import load_job
     from palaestra.trainer import Trainer
