@@ -21,7 +21,6 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when a disk, or a user's share of it, is full."""
 

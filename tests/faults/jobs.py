@@ -193,7 +193,7 @@ def last_step(run: Path) -> int:
 def query(run: Path, statement: str) -> list[tuple[Any, ...]]:
     """Ask a run's ledger, which is not changed by that."""
     with closing(sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
-        return connection.execute(statement).fetchall()
+        return list(connection.execute(statement))
 
 
 def plays(run: Path) -> list[dict[str, Any]]:

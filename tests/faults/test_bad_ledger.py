@@ -16,8 +16,8 @@ import pytest
 from palaestra.errors import LedgerError
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.ledger import FORMAT, Ledger
 from palaestra.trainer.learner import LearnerConfig
+from palaestra.trainer.ledger import FORMAT, Ledger
 from palaestra.trainer.resume import resume
 from tests.toys import ToyLearner
 from tests.trainer.test_ledger import make_group
