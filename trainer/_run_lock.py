@@ -5,6 +5,7 @@ Invariant: the lock dies with its owner, however that ends; what the file says i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -13,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from palaestra.errors import ConfigError, LedgerError
+from palaestra.errors import FULL, ConfigError, LedgerError
 
 _SHOWN = 120
 
@@ -22,12 +23,14 @@ def take_lock(folder: Path) -> IO[str]:
     """The open lock of a run folder, made where it is missing; closing it lets go.
 
     Raises `LedgerError` with the owner's name when another process holds it, `ConfigError` when the folder cannot be
-    written.
+    written, and the `OSError` itself when the disk is full, which is no fault of the folder's.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+")
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; choose another place") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,8 +43,11 @@ def take_lock(folder: Path) -> IO[str]:
         lock.close()
         raise LedgerError(f"{folder} is in use by {owner}; wait for it, or choose another run folder") from error
     except OSError as error:
-        lock.close()
-        raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; free space or move it") from error
+        with contextlib.suppress(OSError):  # what could not be written is tried again at the close
+            lock.close()
+        if error.errno in FULL:
+            raise
+        raise ConfigError(f"cannot write the run folder {folder}: {error.strerror}; move it") from error
     return lock
 
 

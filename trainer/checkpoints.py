@@ -64,6 +64,11 @@ class Checkpoints:
         early = (folder for folder in reversed(self._found()) if version_of(folder) <= upto)
         return next((folder for folder in early if self._complaint(folder) is None), None)
 
+    @property
+    def latest(self) -> int:
+        """The newest version that was saved, 0 where there is none; unchecked."""
+        return max(map(version_of, self._found()), default=0)
+
     def _found(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("version-*") if path.suffix == "")
 

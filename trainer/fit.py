@@ -150,7 +150,8 @@ class Fit:
         record = await self._summarise(made)
         trace = made.report.trace.to_bytes() if made.report.trace is not None else None
         numbers = [number for number, _ in made.batch]
-        await self._parts.ledger.train(numbers, record.step, record.to_json(), trace)
+        async with self._parts.stalls.wait("the loop waits for the ledger to take the step"):
+            await self._parts.ledger.train(numbers, record.step, record.to_json(), trace)
 
     async def _publish(self, made: _Made) -> None:
         """Hand the new weights to the engine, let it play on, and save where that is due."""
@@ -174,13 +175,15 @@ class Fit:
 
     async def _summarise(self, made: _Made) -> StepRecord:
         parts = self._parts
+        async with parts.stalls.wait("the loop waits for the engine's counts"):
+            stats = await parts.engine.stats()
         return summarise_step(
             [group for _, group in made.batch],
             report=made.report,
             times=StepTimes(wait_s=made.wait_s, learn_s=made.learn_s, sync_s=made.sync_s),
             dropped=self._dropped,
             canary=made.canary,
-            engine_busy_s=(await parts.engine.stats()).busy_s,
+            engine_busy_s=stats.busy_s,
             engine_busy_before_s=self._engine_busy_s,
             rollouts=parts.rollouts,
             concurrency=parts.config.concurrency,

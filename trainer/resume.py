@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from palaestra.errors import LedgerError
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import Learner, LearnerConfig
@@ -53,8 +54,16 @@ async def resume(
     open_learner: OpenLearner,
     say: Say,
 ) -> None:
-    """Bring `learner`, which has `config`, to the ledger's last step; `say` hears of all that is not plain."""
+    """Bring `learner`, which has `config`, to the ledger's last step; `say` hears of all that is not plain.
+
+    Raises `LedgerError` when the ledger lost everything: to begin anew over a run's checkpoints would be an accident.
+    """
     last = await ledger.last_step()
+    if checkpoints.latest and await ledger.next_number() == 0:
+        raise LedgerError(
+            f"the ledger is empty, but there is a checkpoint of step {checkpoints.latest}: put the run's ledger.sqlite "
+            "back (with its -wal file, where there is one), or choose another run folder"
+        )
     checkpoint = await checkpoints.newest(last, on_damage=say)
     if checkpoint is not None:
         await learner.load(checkpoint)

@@ -87,10 +87,9 @@ class Stalls:
             await self._look()
 
     async def _look(self) -> None:
-        with _watch_loop(self.folder, self.report_s, self.say) as beat:
+        with _watch_loop(self.folder, self.report_s, self.say):
             while True:
                 await asyncio.sleep(_LOOK_S)
-                beat()
                 for wait in self._waits:
                     waited_s = time.monotonic() - wait.since_s
                     if waited_s >= self.report_s and not wait.is_told:
@@ -152,37 +151,39 @@ def _describe(frame: FrameType) -> str:
 
 
 @contextmanager
-def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """A thread that reports once when the loop does not turn for `report_s`: what blocks it is no task that waits."""
-    beats = [time.monotonic()]
-    is_over = threading.Event()
-    loop_thread = threading.get_ident()
+def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> Iterator[None]:
+    """A thread that reports when the loop does not turn for `report_s`: what blocks it is no task that waits."""
+    loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
+    is_over, has_turned = threading.Event(), threading.Event()
 
     def watch() -> None:
+        asked_s, is_told = time.monotonic(), False
+        loop.call_soon_threadsafe(has_turned.set)
         while not is_over.wait(min(_LOOK_S, report_s / 4)):
-            silent_s = time.monotonic() - beats[0]
-            if silent_s >= report_s:
-                frames = sys._current_frames()
-                stacks = [f"# {'Loop' if ident == loop_thread else 'Thread'} {ident}" for ident in frames]
-                text = "\n".join(
-                    f"{head}\n{''.join(traceback.format_stack(frame))}"
-                    for head, frame in zip(stacks, frames.values(), strict=True)
-                )
-                path = folder / "stall-loop.txt"
-                where = _write(path, text)
+            if has_turned.is_set():
+                asked_s, is_told = time.monotonic(), False
+                has_turned.clear()
+                loop.call_soon_threadsafe(has_turned.set)
+            silent_s = time.monotonic() - asked_s
+            if silent_s >= report_s and not is_told:
+                is_told = True
+                where = _write(folder / "stall-loop.txt", _stacks_of_threads(loop_thread))
                 say(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}")
-                return
-
-    def beat() -> None:
-        beats[0] = time.monotonic()
 
     thread = threading.Thread(target=watch, name="loop watch", daemon=True)
     thread.start()
     try:
-        yield beat
+        yield
     finally:
         is_over.set()
         thread.join()
+
+
+def _stacks_of_threads(loop_thread: int) -> str:
+    return "\n".join(
+        f"# {'Loop' if ident == loop_thread else 'Thread'} {ident}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
 
 
 def _write(path: Path, text: str) -> str:

@@ -21,7 +21,7 @@ from palaestra.agents import Engine, EnginePolicy, ModelPolicy
 from palaestra.agents.engines import open_engine
 from palaestra.agents.renderers import family_of, mark_family, open_renderer
 from palaestra.envs import EnvSuite
-from palaestra.errors import ConfigError, refuse_inside_a_loop, ungrouped
+from palaestra.errors import FULL, ConfigError, refuse_inside_a_loop, ungrouped
 from palaestra.records import write_whole
 from palaestra.resources import Resources
 from palaestra.trainer._interrupts import interrupts
@@ -270,6 +270,8 @@ class Trainer:
             resolved = {"model": self.model, "suite": suite.describe(), "train": self.config.model_dump(mode="json")}
             write_whole(self.run / "config.json", json.dumps(resolved, indent=2) + "\n")
         except OSError as error:
+            if error.errno in FULL:
+                raise
             raise ConfigError(
                 f"cannot write the run folder {self.run}: {error.strerror}; choose another place"
             ) from error

@@ -17,8 +17,12 @@ Failures of the *agent* (its code crashed, its call was malformed) are observati
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when a disk, or a user's share of it, is full."""
 
 
 class PalaestraError(Exception):

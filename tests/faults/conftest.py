@@ -9,14 +9,14 @@ import pytest
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.faults.jobs import Job
 
-_SIZE = TinyModelConfig(start="random", hidden_size=32, num_layers=2, num_heads=1, ffn_size=64, max_positions=256)
+SIZE = TinyModelConfig(start="random", hidden_size=32, num_layers=2, num_heads=1, ffn_size=64, max_positions=4096)
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_tokenizer(["say user assistant one two three"] * 3, folder, vocab_size=400)
-    return make_model(folder, _SIZE)
+    return make_model(folder, SIZE)
 
 
 @pytest.fixture

@@ -66,7 +66,8 @@ class Job:
             f"[suite.options.{json.dumps(name)}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
             for name, values in self.options.items()
         )
-        config.write_text(f"model = {json.dumps(str(self.model))}\n[suite.weights]\n{suite}{options}")
+        head = f'model = {json.dumps(str(self.model))}\n[suite]\nform = "compact"\n'
+        config.write_text(f"{head}[suite.weights]\n{suite}{options}")
         values = {**TRAIN, **self.train, **{key.replace("__", "."): value for key, value in changes.items()}}
         assignments = [word for k, v in values.items() for word in ("--set", f"train.{k}={json.dumps(v)}")]
         program = str(Path(sys.executable).with_name("palaestra"))
@@ -125,7 +126,8 @@ class Running:
     def family(self) -> list[psutil.Process]:
         """All processes below it."""
         try:
-            return psutil.Process(self.process.pid).children(recursive=True)
+            children: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+            return children
         except psutil.NoSuchProcess:
             return []
 
@@ -192,7 +194,7 @@ def last_step(run: Path) -> int:
 def query(run: Path, statement: str) -> list[tuple[Any, ...]]:
     """Ask a run's ledger, which is not changed by that."""
     with closing(sqlite3.connect(f"file:{run / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
-        return connection.execute(statement).fetchall()
+        return list(connection.execute(statement))
 
 
 def plays(run: Path) -> list[dict[str, Any]]:

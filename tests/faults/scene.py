@@ -46,7 +46,7 @@ class Scene(Env):
         while paths.hang.exists():
             await asyncio.sleep(_LOOK_S)
         while paths.block.exists():
-            time.sleep(_LOOK_S)  # the fault
+            time.sleep(_LOOK_S)  # noqa: ASYNC251  # the fault
         return (Message("user", f"say {task.data['number']}"),)
 
     async def verify(self) -> Mapping[str, float]:

@@ -21,15 +21,31 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of its own at the run folder's place."""
     place = tmp_path / "run"
     place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={_SIZE_MB}m", "none", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    require("mount", done.stderr.strip() or None)
+    require("mount", _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE_MB}m", "none", str(place)) or None)
     yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    _run("umount", "--lazy", str(place))
+
+
+@pytest.fixture
+def fragile_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk whose file system turns read-only on demand, as a kernel does that with one that fails."""
+    place, image = tmp_path / "run", tmp_path / "image"
+    place.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, _SIZE_MB << 20)
+    made = _run("mkfs.ext4", "-q", str(image)) or _run("mount", "-o", "loop", str(image), str(place))
+    require("mount", made or None)
+    yield place
+    _run("umount", "--lazy", str(place))
+
+
+def _run(*command: str) -> str:
+    """Run a command; what it complains of."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        return str(error)
+    return done.stderr.strip() if done.returncode else ""
 
 
 def fill(disk: Path) -> None:
@@ -76,17 +92,28 @@ def test_a_disk_that_is_full_or_read_only_at_the_start_is_told_before_anything_s
     assert (ended.code, len(ended.lines)) == (1, 1), ended.text
     assert "the disk is full: free space and run the same command again" in ended.lines[0]
     (disk / "filler").unlink()
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert _run("mount", "-o", "remount,ro", str(disk)) == ""
     ended = job.finish()
     assert (ended.code, len(ended.lines)) == (2, 1), ended.text
     assert "cannot write the run folder" in ended.lines[0]
     assert "Read-only file system; choose another place" in ended.lines[0]
 
 
-def test_a_folder_without_permission_is_told(job: Job) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    job.run.mkdir(mode=0o500)
+def test_a_file_system_that_turns_read_only_stops_the_run_and_it_goes_on_later(job: Job, fragile_disk: Path) -> None:
+    job.paths.gate.write_text("save")
+    with job.start() as running:
+        running.until_told("gate: save")
+        assert _run("mount", "-o", "remount,abort", str(fragile_disk)) == ""
+        job.paths.open.touch()
+        ended = running.wait()
+    assert ended.code == 1, ended.text
+    assert "Traceback" not in ended.text
+    assert "Read-only file system" in ended.text or "the ledger cannot be read or written" in ended.text
+    job.paths.gate.unlink()
+    assert _run("umount", str(fragile_disk)) == ""
+    assert _run("mount", "-o", "loop", str(fragile_disk.with_name("image")), str(fragile_disk)) == ""
+    assert last_step(job.run) == 1, "what was recorded before is whole"
     ended = job.finish()
-    assert ended.code == 2
-    assert "Permission denied; choose another place" in ended.text
+    assert ended.code == 0, ended.text
+    check_whole(job.run, steps=3)
+    check_plays(job.run)

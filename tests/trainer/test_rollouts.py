@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from palaestra.agents import EnginePolicy, Sampling
+from palaestra.agents import Completion, EnginePolicy, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
 from palaestra.resources import Resources
@@ -20,7 +20,7 @@ from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Episode, Group, Outcome
-from tests.toys import WORDS, Echo, ToyEngine, call, register_echo
+from tests.toys import WORDS, Chooser, Echo, ToyEngine, call, register_echo
 
 register_echo()
 
@@ -29,6 +29,28 @@ register_echo()
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["say said stop ok wrong", *WORDS] * 3
     return make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=512)
+
+
+def _has_spoken(prompt: Sequence[int]) -> bool:
+    return list(prompt).count(prompt[-1]) > 1  # the assistant's header a second time
+
+
+class _Holding(ToyEngine):
+    """Answers every first turn and `num_quick` second ones."""
+
+    def __init__(self, choose: Chooser, *, num_quick: int) -> None:
+        super().__init__(choose)
+        self.version = 0
+        self._num_left = num_quick
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
+    ) -> Completion:
+        if _has_spoken(prompt):
+            self._num_left -= 1
+            if self._num_left < 0:
+                await asyncio.Event().wait()
+        return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
 
 
 class Play:
@@ -41,30 +63,17 @@ class Play:
         self.renderer = open_renderer(tokenizer)
         self.groups: asyncio.Queue[tuple[int, Group]] = asyncio.Queue()
         self.num_quick = num_quick
-        self.num_held = 0
-        self._seeds: list[int] = []
 
     async def put(self, number: int, group: Group) -> None:
         self.groups.put_nowait((number, group))
 
     def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
-        has_spoken = list(prompt).count(prompt[-1]) > 1
         tools = self.suite.make("test/Echo-v0").tools
-        return self.renderer.encode_reply(call("stop") if has_spoken else call("say", word="ant"), tools)
+        return self.renderer.encode_reply(call("stop") if _has_spoken(prompt) else call("say", word="ant"), tools)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[tuple[RolloutWorkers, Ledger]]:
-        play, config = self, self.config
-
-        class Slow(ToyEngine):
-            async def generate(self, prompt, sampling, *, stop_ids, seed=None):  # type: ignore[no-untyped-def]
-                has_spoken = list(prompt).count(prompt[-1]) > 1
-                if not has_spoken:
-                    play._seeds.append(seed)
-                elif len(play._seeds) > play.num_quick and play._is_held(prompt):
-                    await asyncio.Event().wait()
-                return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
-
+        config = self.config
         ledger = await Ledger.open(self.folder, meta={})
         plan = RolloutPlan(
             group_size=config.group_size,
@@ -77,7 +86,8 @@ class Play:
             is_valid=lambda outcome: is_trainable(outcome, config),
             num_spare=config.num_spare,
         )
-        policy = EnginePolicy(Slow(self.choose), self.renderer, Sampling(max_tokens=16))
+        engine = _Holding(self.choose, num_quick=self.num_quick)
+        policy = EnginePolicy(engine, self.renderer, Sampling(max_tokens=16))
         async with Resources() as resources:
             sampler = TaskSampler(self.suite, seed=0)
             workers = RolloutWorkers(self.suite, policy, sampler, ledger, resources, plan, on_group=self.put)
@@ -85,10 +95,6 @@ class Play:
                 yield workers, ledger
             finally:
                 await ledger.aclose()
-
-    def _is_held(self, prompt: Sequence[int]) -> bool:
-        self.num_held += 1
-        return self.num_held > self.num_quick
 
     async def first(self) -> tuple[Group, list[Episode]]:
         """The first group, and what the ledger has of it."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -65,11 +66,37 @@ async def test_tasks_of_one_name_are_all_told() -> None:
     await asyncio.wait(waiting)
 
 
-def make_stalls(folder: Path, told: list[str], *, report_s: float = 1000.0) -> Stalls:
-    async def stacks() -> str:
+class Elsewhere:
+    """A process that never ends, and says where it is after a while."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.has_answered = asyncio.Event()
+        self._delay_s = delay_s
+
+    async def watch(self) -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stacks(self) -> str:
+        await asyncio.sleep(self._delay_s)
+        self.has_answered.set()
         return "the learner is elsewhere"
 
-    return Stalls(folder=folder, report_s=report_s, facts=lambda: ["a fact"], stacks=[stacks], say=told.append)
+
+class Ended(Elsewhere):
+    async def watch(self) -> NoReturn:
+        raise WorkerError("the learner was killed by SIGKILL")
+
+
+def make_stalls(folder: Path, told: list[str], *, report_s: float = 1000.0, process: Elsewhere | None = None) -> Stalls:
+    processes = [process or Elsewhere()]
+    return Stalls(folder=folder, report_s=report_s, facts=lambda: ["a fact"], processes=processes, say=told.append)
+
+
+async def test_a_process_that_ends_while_nobody_calls_it_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await make_stalls(tmp_path, [], process=Ended()).watch()
+    assert [str(error) for error in caught.value.exceptions] == ["the learner was killed by SIGKILL"]
 
 
 async def test_a_wait_past_its_deadline_is_an_error_with_a_report(tmp_path: Path) -> None:
@@ -115,3 +142,15 @@ async def test_a_loop_that_does_not_turn_is_told_with_its_stack(tmp_path: Path, 
         assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop.txt").read_text()
     else:
         assert "could not be written" in told[0]
+
+
+async def test_a_report_that_takes_its_time_is_no_loop_that_stands(tmp_path: Path) -> None:
+    told: list[str] = []
+    process = Elsewhere(0.5)
+    stalls = make_stalls(tmp_path, told, report_s=0.1, process=process)
+    watching = asyncio.create_task(stalls.watch())
+    async with stalls.wait("a waits for b"):
+        await process.has_answered.wait()
+    watching.cancel()
+    await asyncio.wait((watching,))
+    assert not any("has not turned" in line for line in told)

@@ -12,7 +12,7 @@ import typer
 
 from palaestra import __version__
 from palaestra.cli import _doctor, _envs, _eval, _quickstart, _replay, _sandbox, _size, _train
-from palaestra.errors import ConfigError, PalaestraError, TaskError, WorkerError, leaves
+from palaestra.errors import FULL, ConfigError, PalaestraError, TaskError, WorkerError, leaves
 
 _USER_ERRORS = (ConfigError, TaskError)
 _EXIT_FAILURE, _EXIT_USER = 1, 2
@@ -68,7 +68,7 @@ def _report(error: BaseException) -> int:
 
 def _means_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in FULL
     # a worker's OSError arrives as text
     return isinstance(error, WorkerError) and os.strerror(errno.ENOSPC) in str(error)
 
