@@ -268,7 +268,7 @@ def page(values: dict[str, Any]) -> str:
         f"Fingerprints of {count:.0f} million gradients: {values['fingerprint_ms']:.1f} ms (median of 7).",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ class GRPOConfig(Config):
     canary_every: int = Field(default=1, ge=1)
     """Updates between checks that engine and learner agree."""
     canary_tolerance: float = Field(default=0.05, gt=0)
-    """Largest difference of a log-probability that the check allows, in nats; bfloat16 needs about 0.02."""
+    """Mean difference of log-probabilities that the check allows, in nats, and a tenth of what a single one may differ;
+    bfloat16 needs about 0.02."""
     step_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one batch; then the run stops and says who waited for whom."""
     stall_report_s: float = Field(default=120.0, gt=0)

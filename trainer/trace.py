@@ -62,7 +62,7 @@ class StepTrace:
         for update in range(len(self.losses)):
             where = f"update {update + 1} of {len(self.losses)}" if len(self.losses) > 1 else "the update"
             if self.losses[update] != other.losses[update]:
-                return f"the loss of {where} is {other.losses[update]!r}, was {self.losses[update]!r}"
+                return f"the loss of {where} is {float(other.losses[update])}, was {float(self.losses[update])}"
             wrong = np.flatnonzero((self.fingerprints[update] != other.fingerprints[update]).any(axis=1))
             if len(wrong):
                 name = self.names[int(wrong[0])]
