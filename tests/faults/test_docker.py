@@ -8,11 +8,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import require
@@ -34,7 +35,9 @@ class Daemon:
     def start(self) -> str | None:
         """Start it; why it does not serve, or None."""
         places = [f"--{name}={self._folder / name}" for name in ("data-root", "exec-root", "pidfile")]
-        (self._folder / "pidfile").unlink(missing_ok=True)
+        # the killed daemon's, whose number a zombie may still have where nobody reaps
+        for stale in ("pidfile", "exec-root/containerd/containerd.pid"):
+            (self._folder / stale).unlink(missing_ok=True)
         with (self._folder / "log").open("a") as log:
             self._process = subprocess.Popen(
                 ["dockerd", "-H", self.url, *places, "--bridge=none", "--iptables=false", "--ip6tables=false"],
@@ -51,10 +54,25 @@ class Daemon:
     def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["docker", "-H", self.url, *arguments], capture_output=True, text=True, check=False)
 
-    def end(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
+    def kill(self) -> None:
+        """Kill it and all that it started, as with the machine's memory full: containers and their keepers too."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess):
+                if str(self._folder) in " ".join(process.cmdline()):
+                    process.kill()
+
+    def remove(self) -> None:
+        """End it for good."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
             self._process.wait(timeout=60)
+        for mount in psutil.disk_partitions(all=True):
+            if mount.mountpoint.startswith(str(self._folder)):
+                subprocess.run(["umount", "--lazy", mount.mountpoint], check=False)
+        shutil.rmtree(self._folder)
 
 
 @contextmanager
@@ -66,8 +84,7 @@ def running_daemon() -> Iterator[Daemon]:
         require("docker", daemon.start() if has_one else "there is no dockerd")
         yield daemon
     finally:
-        daemon.end(signal.SIGTERM)
-        shutil.rmtree(folder)
+        daemon.remove()
 
 
 def last_outcome_is(run: Path, *outcomes: str) -> bool:
@@ -85,7 +102,7 @@ def test_a_killed_daemon_fails_episodes_and_the_run_goes_on_with_the_next(job: J
         )
         with job.start(steps=100_000) as running:
             running.until_step(1)
-            daemon.end(signal.SIGKILL)
+            daemon.kill()
             running.until(partial(last_outcome_is, job.run, "infra_error"), "a failure")
             assert daemon.start() is None
             running.until(partial(last_outcome_is, job.run, "scored", "truncated"), "an episode that is played again")
