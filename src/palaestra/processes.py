@@ -311,7 +311,8 @@ class _Reply:
 def _portable(error: BaseException) -> PalaestraError:
     if isinstance(error, PalaestraError):
         return error
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # a log that cannot be written must not hide what happened
+        traceback.print_exception(error)
     return WorkerError(f"{type(error).__name__}: {error}")
 
 
@@ -364,10 +365,12 @@ def _run() -> None:
         _main()
         code = 0
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
