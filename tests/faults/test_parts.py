@@ -46,11 +46,13 @@ def test_engine_and_learner_end_the_run_by_name_and_it_goes_on_with_the_same_com
 
 def test_vllm_ends_the_run_by_name(job: Job) -> None:
     require("vllm", missing_vllm())
-    with job.start(engine="vllm") as running:
+    with job.start(engine="vllm", engine_config__kv_cache_mb=64, steps=1000) as running:
+        running.until_step(1)
         running.find("_vllm_worker").kill()
         ended = running.wait(timeout_s=60)
     assert ended.code == 1
     assert "palaestra: vllm engine was killed by SIGKILL" in ended.lines[-1]
+    assert set(check_plays(job.run)) <= {"scored", "truncated"}
 
 
 PARTS = {
