@@ -74,8 +74,8 @@ class Record:
         try:
             with _told(path.parent):
                 partial.write_text(json.dumps({**values, "owner": this_owner()}))
-                _date(partial)
                 partial.replace(path)
+                _date(path)  # not before: whoever lists meanwhile would take the partial file for an old one
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

@@ -75,8 +75,9 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
                 if checkpoint is not None:
                     await learner.load(checkpoint)
                 again = await _make_all(run, learner, steps, step, say)
-                checkpoint = scratch / f"after-{number}"
-                await learner.save(checkpoint)
+                if steps[-1] < step:
+                    checkpoint = scratch / f"after-{number}"
+                    await learner.save(checkpoint)
     finally:
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
     return Replay(step=step, start=start, again=again)

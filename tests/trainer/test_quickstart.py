@@ -47,17 +47,19 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.mark.timeout(1200)
 def test_the_whole_job_in_small(command: list[str]) -> None:
     run = Path(command[-1])
-    folders_before = weight_folders()
+    orphans_before = orphaned_weights()
     interrupt_after_imitation(command, run)
     go_on(command)
     check_folder(run)
-    assert weight_folders() == folders_before
+    assert orphaned_weights() <= orphans_before
     do_again(command, run)
     refuse_other_settings(command)
 
 
-def weight_folders() -> set[Path]:
-    return set(Path("/dev/shm").glob("palaestra-weights-*"))
+def orphaned_weights() -> set[Path]:
+    """Published weights whose run has ended; those of tests beside this one are in use."""
+    folders = Path("/dev/shm").glob("palaestra-weights-*")
+    return {folder for folder in folders if not psutil.pid_exists(int(folder.name.split("-")[2]))}
 
 
 def interrupt_after_imitation(command: list[str], run: Path) -> None:
