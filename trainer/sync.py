@@ -89,7 +89,7 @@ class WeightSync:
         ours = await self._learner.score(self._canary)
         difference = max(float(np.abs(a - b).max()) for a, b in zip(theirs, ours, strict=True))
         mean = _distance(theirs, ours)
-        if not (mean <= self._tolerance and difference <= _WORST * self._tolerance):
+        if not strain(mean, difference, self._tolerance) <= 1.0:
             raise WorkerError(
                 f"weight sync failed: at version {version} engine and learner disagree by {mean:.3g} nats on average "
                 f"and {difference:.3g} at most (allowed {self._tolerance:g} and {_WORST * self._tolerance:g}); the "
@@ -115,6 +115,11 @@ class WeightSync:
                 f"it is {from_old:.3g} nats from those, and {disagreement:.3g} from the published ones"
             )
         self._noise = max(self._noise, disagreement)
+
+
+def strain(mean: float, largest: float, tolerance: float) -> float:
+    """How much of the tolerance two sides use up that differ by so many nats on average and at most; 1 just passes."""
+    return float(np.maximum(mean, largest / _WORST) / tolerance)
 
 
 def _distance(left: Scores, right: Scores) -> float:

@@ -71,7 +71,11 @@ async def test_nothing_to_compare_on_is_skipped(renderer: Renderer) -> None:
 
 
 def test_difference_near_the_tolerance_is_a_warning_and_nan_a_failure() -> None:
-    assert judge_difference({"tokens": Difference(0.04, 0.01, 9)}, CONFIG).verdict is Verdict.WARNING
+    assert judge_difference({"tokens": Difference(0.04, 0.01, 9)}, CONFIG).verdict is Verdict.OK
+    assert judge_difference({"tokens": Difference(0.4, 0.01, 9)}, CONFIG).verdict is Verdict.WARNING
+    assert judge_difference({"tokens": Difference(0.04, 0.04, 9)}, CONFIG).verdict is Verdict.WARNING
+    assert judge_difference({"tokens": Difference(0.6, 0.01, 9)}, CONFIG).verdict is Verdict.FAILURE
+    assert judge_difference({"tokens": Difference(0.06, 0.06, 9)}, CONFIG).verdict is Verdict.FAILURE
     assert judge_difference({"tokens": Difference(float("nan"), 0.0, 9)}, CONFIG).verdict is Verdict.FAILURE
 
 

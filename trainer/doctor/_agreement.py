@@ -14,6 +14,7 @@ from palaestra.trainer.demonstrations import Demonstration, tokenize
 from palaestra.trainer.doctor._check import Finding, failure, ok, skipped, warning
 from palaestra.trainer.doctor._env_worker import Played
 from palaestra.trainer.learner import Learner
+from palaestra.trainer.sync import strain
 from palaestra.types import Trajectory
 
 _PER_ENV = 3
@@ -68,13 +69,13 @@ def difference(theirs: Sequence[NDArray[np.float32]], ours: Sequence[NDArray[np.
 def judge_difference(parts: Mapping[str, Difference], config: GRPOConfig) -> Finding:
     """Against the tolerance, above which the run itself would stop at its first weights."""
     detail = ", ".join(f"{d.largest:.2g} on {d.num_tokens} {name}" for name, d in parts.items())
-    detail = f"largest difference in nats: {detail}; allowed {config.canary_tolerance:g}"
-    largest = max(d.largest for d in parts.values())
+    detail = f"largest difference in nats: {detail}; allowed {config.canary_tolerance:g} on average, ten times at most"
+    used = float(np.max([strain(d.mean, d.largest, config.canary_tolerance) for d in parts.values()]))
     dtype, precision = config.engine_config.dtype, config.learner.precision
     remedy = (
         f"set engine_config.dtype = 'float32' and learner.precision = 'float32' (now {dtype!r} and {precision!r}), "
         "or raise canary_tolerance if 16-bit arithmetic is meant"
     )
-    if not largest <= config.canary_tolerance:
+    if not used <= 1.0:
         return failure(detail, remedy)
-    return warning(detail, remedy) if largest > _SHARE * config.canary_tolerance else ok(detail)
+    return warning(detail, remedy) if used > _SHARE else ok(detail)
