@@ -17,7 +17,7 @@ def fingerprints(tensors: Sequence[Tensor | None]) -> NDArray[np.int64]:
 
     Both wrap around. The second one sees words that changed places; an absent tensor has zeros.
     """
-    return torch.stack([_fingerprint(tensor) for tensor in tensors]).cpu().numpy()
+    return torch.stack([_fingerprint(tensor).cpu() for tensor in tensors]).numpy()
 
 
 def _fingerprint(tensor: Tensor | None) -> Tensor:

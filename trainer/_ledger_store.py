@@ -95,7 +95,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise LedgerError(f"no ledger at {path}: give the folder of a run")
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
         found = _read_meta(connection).get("format")
     except sqlite3.Error as error:
         raise LedgerError(f"cannot read {path}: {error}; the file is damaged") from error

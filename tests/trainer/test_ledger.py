@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palaestra.errors import LedgerError
-from palaestra.trainer.ledger import FORMAT, Ledger
+from palaestra.trainer.ledger import FORMAT, Ledger, read_meta
 from palaestra.types import Episode, Group, Outcome, Task, Trajectory
 
 
@@ -251,3 +251,11 @@ async def test_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database, and long enough to be looked at" * 100)
     with pytest.raises(LedgerError, match="damaged"):
         await open_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b"])
+async def test_a_folder_of_any_name_is_read_and_nothing_appears_beside_it(tmp_path: Path, name: str) -> None:
+    run = tmp_path / name
+    await (await open_ledger(run)).aclose()
+    assert read_meta(run)["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
