@@ -19,6 +19,9 @@ from palaestra.trainer.ledger import Ledger, RecordedStep
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.trace import StepTrace
 
+_RESOURCES = ("device", "threads", "precision", "max_micro_batch_tokens", "start_timeout_s", "call_timeout_s")
+"""What computes a step and not what is computed: steps are made again with what this machine has now."""
+
 Say = Callable[[str], Awaitable[None]]
 """Tells a person, and notes in the ledger, what is not plain, in one line."""
 OpenLearner = Callable[[LearnerConfig], Awaitable[Learner]]
@@ -71,7 +74,9 @@ async def resume(
         return
     start = f"checkpoint {checkpoint.name}" if checkpoint is not None else "the model the run began with"
     await say(f"making steps {learner.version + 1} to {last} again from the ledger, on {start}")
-    configs = [(step, await ledger.config_of(step)) for step in range(learner.version + 1, last + 1)]
+    here = {name: value for name, value in config.model_dump(mode="json").items() if name in _RESOURCES}
+    recorded = [(step, await ledger.config_of(step)) for step in range(learner.version + 1, last + 1)]
+    configs = [(step, {**values, "learner": {**values["learner"], **here}}) for step, values in recorded]
     for learner_config, steps in by_settings(configs):
         if learner_config == config:
             await _replay(ledger, learner, steps, say)

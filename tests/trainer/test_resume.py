@@ -243,6 +243,14 @@ async def test_steps_are_made_again_with_the_settings_that_made_them(tmp_path: P
     assert [learner.is_closed for learner in history.opened] == [True]
 
 
+async def test_steps_are_made_again_with_what_the_machine_has_now(tmp_path: Path, model: Path) -> None:
+    history, unbroken = History(tmp_path, model), NearLearner(model)
+    elsewhere = LEARNER.model_copy(update={"device": "gpu", "call_timeout_s": 5.0})
+    await history.make(range(1, 4), saved=(1,), learner=unbroken, settings=elsewhere)
+    assert_same(await history.resume(), unbroken)
+    assert history.opened == [], "no second learner, and none that asks for a GPU"
+
+
 async def test_a_step_that_comes_out_otherwise_is_told(tmp_path: Path, model: Path) -> None:
     history, _ = await make_history(tmp_path, model)
     other = NearLearner(model)
