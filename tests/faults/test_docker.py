@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Daemon:
-    """A dockerd with a socket and a storage of its own."""
+    """A dockerd with a socket, a storage and a network of its own: one without a bridge removes the machine's `docker0`."""
 
     def __init__(self, folder: Path) -> None:
         self.url = f"unix://{folder}/docker.sock"
@@ -40,7 +40,7 @@ class Daemon:
             (self._folder / stale).unlink(missing_ok=True)
         with (self._folder / "log").open("a") as log:
             self._process = subprocess.Popen(
-                ["dockerd", "-H", self.url, *places, "--bridge=none", "--iptables=false", "--ip6tables=false"],
+                ["unshare", "--net", "dockerd", "-H", self.url, *places, "--bridge=none", "--iptables=false"],
                 stdout=log,
                 stderr=log,
             )
