@@ -70,7 +70,7 @@ class Sweep:
         sync = self._runs / self._plan[0].name
         if is_done(sync) and not all(is_done(self._runs / run.name) for run in self._alone):
             await judge.hold_middle(sync)
-            frozen = SharedEngine(self._engine, is_frozen=True)
+            frozen = self._engine.frozen()
             for run in self._left(self._alone):
                 await play_alone(run, self._start, self._runs / run.name, frozen, self._resources)
 

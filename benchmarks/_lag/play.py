@@ -36,6 +36,10 @@ class SharedEngine:
         self._first = 0
         self.max_model_len = engine.max_model_len
 
+    def frozen(self) -> SharedEngine:
+        """The same engine for runs that leave its weights as they are."""
+        return SharedEngine(self._engine, is_frozen=True)
+
     async def begin(self) -> None:
         """From here on a new run counts."""
         self._first = (await self._engine.stats()).version + (0 if self._is_frozen else 1)
