@@ -63,8 +63,11 @@ class ChatClient:
         self._http = httpx.AsyncClient(
             headers=_authorization(config.api_key_env),
             timeout=httpx.Timeout(config.attempt_timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=config.max_connections),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.max_connections),
         )
+        # not the library's limit: what is cancelled while it waits there can take a place of its pool for good
+        # (https://github.com/encode/httpcore/issues/1093)
+        self._turns = asyncio.Semaphore(config.max_connections)
 
     async def complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Message:
         """The assistant's next message; a tool call whose arguments are no JSON object is kept as malformed.
@@ -112,7 +115,7 @@ class ChatClient:
 
     async def _attempt(self, body: Mapping[str, Any]) -> Message:
         try:
-            async with asyncio.timeout(self.config.attempt_timeout_s):
+            async with self._turns, asyncio.timeout(self.config.attempt_timeout_s):
                 response = await self._http.post(self._url, json=body)
         except (httpx.TransportError, TimeoutError) as error:
             raise _Unavailable(f"{type(error).__name__}: {error}") from error

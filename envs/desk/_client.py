@@ -26,7 +26,9 @@ _PREFIX = "palaestra-desk-"
 _START_S = 60.0
 _HEALTH_S = 5.0
 _MAX_CONNECTIONS = 8
-"""The HTTP library looks at every idle connection for every request, and the server has one thread anyway."""
+"""The HTTP library looks at every idle connection for every request, and the server has one thread anyway. The limit is
+not the library's: a request that is cancelled while it waits there can take a place of its pool for good
+(https://github.com/encode/httpcore/issues/1093)."""
 
 
 class DeskServer:
@@ -39,7 +41,8 @@ class DeskServer:
         self._admin = _bearer(admin_key)
         self._is_suspect = False
         # dropped well before the server would: a request on a connection that it is closing would fail
-        limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, keepalive_expiry=KEEP_ALIVE_S / 10)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S / 10)
+        self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._client = httpx.AsyncClient(base_url=f"http://{HOST}:{port}", limits=limits, trust_env=False)
 
     @classmethod
@@ -105,9 +108,14 @@ class DeskServer:
         query: dict[str, str] | None = None,
     ) -> Any:
         """One request; the JSON of the answer. Raises `ToolError` or `SandboxError`, see the module."""
-        if self._client.is_closed:
-            raise SandboxError(f"desk server, {method} {path}: it failed and was replaced; begin a new episode")
         try:
+            async with asyncio.timeout(timeout_s):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise SandboxError(f"desk server, {method} {path}: no turn within {timeout_s:g} s") from error
+        try:
+            if self._client.is_closed:
+                raise SandboxError(f"desk server, {method} {path}: it failed and was replaced; begin a new episode")
             response = await self._client.request(
                 method, path, headers=headers, json=body, params=query, timeout=timeout_s
             )
@@ -115,6 +123,8 @@ class DeskServer:
             self._is_suspect = True
             reason = str(error) or type(error).__name__
             raise SandboxError(f"desk server, {method} {path}: {reason} (timeout {timeout_s:g} s)") from error
+        finally:
+            self._turns.release()
         return _answer(response, f"{method} {path}")
 
     async def aclose(self, *, grace_s: float = 5.0) -> None:

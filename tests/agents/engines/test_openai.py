@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from palaestra.agents._engine import Sampling
 from palaestra.agents.engines.openai import ChatClient, ChatConfig
 from palaestra.errors import ConfigError, ContextFullError, PolicyError
 from palaestra.types import Message, ToolCall, ToolSpec
+from tests.cancelling import cancel_many
 
 Answer = Callable[[], Response]
 
@@ -203,3 +205,10 @@ async def test_many_conversations_at_once_share_few_connections() -> None:
     ):
         tasks = [group.create_task(client.complete(HELLO, [], SAMPLING)) for _ in range(40)]
     assert [task.result().content for task in tasks] == ["ok"] * 40
+
+
+async def test_messages_that_are_cancelled_while_they_wait_take_no_place() -> None:
+    async with serving(says(content="hi")) as endpoint, client_of(endpoint, max_connections=4, max_attempts=1) as client:
+        await cancel_many(partial(client.complete, HELLO, (), SAMPLING))
+        for _ in range(3):
+            assert (await client.complete(HELLO, (), SAMPLING)).content == "hi"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from palaestra.envs.desk._service import DeskServiceConfig, serve
 from palaestra.errors import ConfigError, SandboxError
 from palaestra.resources import Resources
 from palaestra.types import Message
+from tests.cancelling import cancel_many
 
 Call = Callable[..., Message]
 KEY = ("desk", 0)
@@ -225,5 +227,19 @@ async def test_bytes_that_are_no_http_do_not_end_the_server(request_line: bytes)
         await writer.wait_closed()
         session = await server.open_session({}, timeout_s=5)
         assert await session.close() == {"customers": [], "tickets": [], "orders": []}
+    finally:
+        await server.aclose()
+
+
+async def test_requests_that_are_cancelled_while_they_wait_take_no_place() -> None:
+    server = await DeskServer.start()
+    try:
+        session = await server.open_session({}, timeout_s=5)
+        ask = partial(session.request, "GET", "/customers/1/tickets")
+        await cancel_many(ask)
+        for _ in range(3):
+            with pytest.raises(ToolError, match="no customer 1"):
+                await ask()
+        await session.close()
     finally:
         await server.aclose()
