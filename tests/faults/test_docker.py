@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Daemon:
-    """A dockerd with a socket, a storage and a network of its own: one without a bridge removes the machine's `docker0`."""
+    """A dockerd with a socket, a storage and a network of its own: without a bridge it removes the machine's."""
 
     def __init__(self, folder: Path) -> None:
         self.url = f"unix://{folder}/docker.sock"

@@ -208,7 +208,8 @@ async def test_many_conversations_at_once_share_few_connections() -> None:
 
 
 async def test_messages_that_are_cancelled_while_they_wait_take_no_place() -> None:
-    async with serving(says(content="hi")) as endpoint, client_of(endpoint, max_connections=4, max_attempts=1) as client:
+    options = {"max_connections": 4, "max_attempts": 1}
+    async with serving(says(content="hi")) as endpoint, client_of(endpoint, **options) as client:
         await cancel_many(partial(client.complete, HELLO, (), SAMPLING))
         for _ in range(3):
             assert (await client.complete(HELLO, (), SAMPLING)).content == "hi"
