@@ -18,15 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from palaestra.agents.engines import open_engine
 from palaestra.trainer import GRPOConfig, Trainer
 from palaestra.trainer._fingerprint import fingerprints
 from palaestra.trainer.checkpoints import Checkpoints
@@ -35,7 +32,6 @@ from palaestra.trainer.ledger import read_meta, read_step
 from palaestra.trainer.metrics import StepRecord
 from palaestra.trainer.replay import replay
 from palaestra.trainer.resume import make_again
-from palaestra.trainer.rows import make_rows
 from palaestra.trainer.tiny import TinyModelConfig
 
 HERE = Path(__file__).parent
@@ -45,7 +41,6 @@ from tests.chaos.errand import errands  # noqa: E402
 from tests.chaos.walker import make_walker  # noqa: E402
 
 STEPS, KILLED_AFTER, SAVE_EVERY = 12, 8, 5
-RATES = (1e-6, 1e-5, 1e-4)
 NUM_GRADIENTS, GRADIENT_SIZE = 25, 20_000_000
 
 
@@ -121,7 +116,6 @@ def measure(model: Path, run: Path, device: str) -> dict[str, Any]:
         "lives": lives,
     }
     values |= asyncio.run(step_again(model, run, device))
-    values["proofs"] = asyncio.run(staleness(model, run, device))
     values["fingerprint_ms"] = fingerprint_cost(device)
     return values
 
@@ -160,50 +154,6 @@ async def step_again(model: Path, run: Path, device: str) -> dict[str, Any]:
             differences.append(again.difference or "none: equal bit for bit")
     found = await replay(run, STEPS, model=str(model), say=lambda line: print(line, flush=True))
     return {"again": differences, "again_s": seconds, "on_cpu": found.describe()}
-
-
-async def staleness(model: Path, run: Path, device: str) -> list[dict[str, Any]]:
-    """For each learning rate: how far one step moves log-probs, and how far engine and learner disagree, in nats."""
-    rows = make_rows([group for _, group in read_step(run, STEPS).groups], config(device))
-    sequences = [row.trajectory.ids.tolist() for row in rows[:2]]
-    settings = config(device)
-    found = []
-    for rate in RATES:
-        async with AsyncExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            learner = await stack.enter_async_context(
-                await LocalLearner.start(
-                    model, settings.learner.model_copy(update={"learning_rate": rate}), scratch / "l"
-                )
-            )
-            engine = await stack.enter_async_context(
-                await open_engine("transformers", model, settings.engine_settings, scratch / "e")
-            )
-            old = await learner.score(sequences)
-            noise = distance(await engine.score(sequences), old)
-            await learner.step(rows)
-            new = await learner.score(sequences)
-            stale = await engine.score(sequences)
-            published = await learner.publish(scratch / "weights")
-            await engine.load_weights(scratch / "weights", 1, published.checksum)
-            fresh = await engine.score(sequences)
-            found.append(
-                {
-                    "rate": rate,
-                    "noise": noise,
-                    "moved": distance(new, old),
-                    "stale_to_old": distance(stale, old),
-                    "stale_to_new": distance(stale, new),
-                    "fresh_to_new": distance(fresh, new),
-                    "fresh_to_old": distance(fresh, old),
-                }
-            )
-    return found
-
-
-def distance(left: list[Any], right: list[Any]) -> float:
-    """Mean absolute difference, in nats."""
-    return float(np.abs(np.concatenate(left) - np.concatenate(right)).mean())
 
 
 def fingerprint_cost(device: str) -> float:
@@ -245,23 +195,6 @@ def page(values: dict[str, Any]) -> str:
     lines += [f"- on the same device, try {k + 1}: {text}" for k, text in enumerate(values["again"])]
     lines += [f"- by `palaestra replay`, on the CPU: {values['on_cpu']}", ""]
     lines += [f"A step made again took {statistics.median(values['again_s']):.2f} s (median).", ""]
-    lines += [
-        "## Would a stale engine be found?",
-        "",
-        "Mean absolute differences of log-probabilities, in nats, after one step from the same weights. An engine that "
-        "kept the old weights is found when the step moved them by over four times the disagreement of equal ones.",
-        "",
-        "| learning rate | engine against learner, equal weights | moved by the step | stale engine to old / new | "
-        "fresh engine to new / old | found |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for each in values["proofs"]:
-        is_found = each["moved"] > 4 * each["noise"] and each["stale_to_old"] < each["stale_to_new"]
-        lines.append(
-            f"| {each['rate']:g} | {each['noise']:.2g} | {each['moved']:.2g} | {each['stale_to_old']:.2g} / "
-            f"{each['stale_to_new']:.2g} | {each['fresh_to_new']:.2g} / {each['fresh_to_old']:.2g} | "
-            f"{'yes' if is_found else 'no: the checksum alone speaks'} |"
-        )
     count = NUM_GRADIENTS * GRADIENT_SIZE / 1e6
     lines += [
         "",
