@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from palaestra.agents import Engine
+from palaestra.errors import StepRefusedError
 from palaestra.trainer.buffer import Dropped, NumberedGroup, ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
@@ -69,6 +70,7 @@ class Fit:
         self._dropped: list[str] = []
         self._engine_busy_s = 0.0
         self._stopping = asyncio.Event()
+        self._refused_at = -1
 
     async def train(self) -> None:
         """Train until `config.steps`, or until `stop`; leaves a checkpoint of the last step."""
@@ -86,7 +88,11 @@ class Fit:
                 if batch is None:
                     break
                 waited_s = self._clock() - started_s
-                report = await self._learn([group for _, group in batch])
+                try:
+                    report = await self._learn([group for _, group in batch])
+                except StepRefusedError as error:
+                    await self._refuse(batch, error)
+                    continue
                 made = _Made(batch=batch, report=report, wait_s=waited_s, learn_s=self._clock() - started_s - waited_s)
                 await self._record(made)
                 await self._publish(made)
@@ -144,6 +150,18 @@ class Fit:
         async with parts.stalls.wait("the loop waits for the learner's step"):
             await parts.sync.prepare(sequences[:_NUM_CANARIES])
             return await parts.learner.step(make_rows(groups, parts.config))
+
+    async def _refuse(self, batch: Sequence[NumberedGroup], error: StepRefusedError) -> None:
+        """Drop a batch that the learner would not train, for else it would come again at each start; one in a row."""
+        version = self._parts.learner.version
+        line = f"groups {', '.join(str(number) for number, _ in batch)} are dropped (refused): {error}"
+        await self._parts.ledger.note(line)
+        self._parts.stalls.say(line)
+        for number, _ in batch:
+            await self._replace(Dropped(number, "refused"))
+        if self._refused_at == version:
+            raise error
+        self._refused_at = version
 
     async def _record(self, made: _Made) -> None:
         """Write the step down: from here on it is part of the run, whatever happens."""

@@ -62,7 +62,7 @@ class Run:
         self.notes.append(line)
 
     async def open_learner(self, config: LearnerConfig) -> ToyLearner:
-        return ToyLearner()
+        return self.learner
 
     def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
         tools = self.suite.make("test/Echo-v0").tools
@@ -80,8 +80,8 @@ class Run:
             await resume(
                 self.ledger,
                 checkpoints,
-                self.learner,
                 config.learner,
+                save_every=config.save_every,
                 open_learner=self.open_learner,
                 say=self.note,
             )

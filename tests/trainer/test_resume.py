@@ -147,17 +147,21 @@ class History:
         self.lines.append(line)
 
     async def open_learner(self, settings: LearnerConfig) -> NearLearner:
+        assert all(learner.is_closed for learner in self.opened), "memory holds no second one"
         self.opened.append(NearLearner(self.model, settings))
         return self.opened[-1]
 
-    async def resume(self, settings: LearnerConfig = LEARNER) -> NearLearner:
-        learner = NearLearner(self.model, settings)
+    async def resume(self, settings: LearnerConfig = LEARNER, *, save_every: int = 100) -> NearLearner:
         ledger, checkpoints = await self.open()
         try:
-            await resume(ledger, checkpoints, learner, settings, open_learner=self.open_learner, say=self.say)
+            learner = await resume(
+                ledger, checkpoints, settings, save_every=save_every, open_learner=self.open_learner, say=self.say
+            )
             assert (await ledger.balance()).trained == 2 * learner.version
         finally:
             await ledger.aclose()
+        assert isinstance(learner, NearLearner)
+        assert [each for each in self.opened if not each.is_closed] == [learner]
         return learner
 
 
@@ -183,6 +187,7 @@ async def test_steps_after_the_checkpoint_are_made_again_to_the_last_bit(tmp_pat
     assert_same(await history.resume(), unbroken)
     assert history.lines == ["making steps 5 to 6 again from the ledger, on checkpoint version-00000004"]
     history.lines.clear()
+    history.opened.clear()
     assert_same(await history.resume(), unbroken)
     assert history.lines == [], "they were saved then"
 
@@ -240,7 +245,7 @@ async def test_steps_are_made_again_with_the_settings_that_made_them(tmp_path: P
     await faster.load(tmp_path / "hand-over")
     await history.make(range(4, 7), saved=(), learner=faster, settings=FASTER)
     assert_same(await history.resume(FASTER), faster)
-    assert [learner.is_closed for learner in history.opened] == [True]
+    assert [learner.is_closed for learner in history.opened] == [True, False]
 
 
 async def test_steps_are_made_again_with_what_the_machine_has_now(tmp_path: Path, model: Path) -> None:
@@ -248,22 +253,20 @@ async def test_steps_are_made_again_with_what_the_machine_has_now(tmp_path: Path
     elsewhere = LEARNER.model_copy(update={"device": "gpu", "call_timeout_s": 5.0})
     await history.make(range(1, 4), saved=(1,), learner=unbroken, settings=elsewhere)
     assert_same(await history.resume(), unbroken)
-    assert history.opened == [], "no second learner, and none that asks for a GPU"
+    assert len(history.opened) == 1, "no second learner, and none that asks for a GPU"
 
 
 async def test_a_step_that_comes_out_otherwise_is_told(tmp_path: Path, model: Path) -> None:
     history, _ = await make_history(tmp_path, model)
-    other = NearLearner(model)
-    other.service._parameters["model.embed_tokens.weight"].data[0, 0] += 1.0
+
+    async def open_other(settings: LearnerConfig) -> NearLearner:
+        other = NearLearner(model, settings)
+        other.service._parameters["model.embed_tokens.weight"].data[0, 0] += 1.0
+        return other
+
     ledger, _ = await history.open()
-    await resume(
-        ledger,
-        Checkpoints(tmp_path / "none"),
-        other,
-        LEARNER,
-        open_learner=history.open_learner,
-        say=history.say,
-    )
+    none = Checkpoints(tmp_path / "none" / "checkpoints")
+    await resume(ledger, none, LEARNER, save_every=100, open_learner=open_other, say=history.say)
     await ledger.aclose()
     assert any(line.startswith("step 1 came out otherwise (the loss of update 1 of 2") for line in history.lines)
     assert sum("came out otherwise" in line for line in history.lines) == 6
