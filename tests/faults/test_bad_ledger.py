@@ -121,9 +121,7 @@ async def go_on(folder: Path) -> tuple[Learner, list[str]]:
     ledger = await Ledger.open(folder, meta={"seed": 0})
     try:
         checkpoints = Checkpoints(folder / "checkpoints", run=(await ledger.meta())["run"])
-        learner = await resume(
-            ledger, checkpoints, LearnerConfig(), save_every=10, open_learner=open_learner, say=say
-        )
+        learner = await resume(ledger, checkpoints, LearnerConfig(), save_every=10, open_learner=open_learner, say=say)
     finally:
         await ledger.aclose()
     return learner, told

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,3 +65,28 @@ def test_the_first_difference_is_named() -> None:
     other_loss = replace(trace, losses=np.array([0.25, 0.5]), fingerprints=prints)
     assert "loss of update 2 of 2 is" in str(trace.difference(other_loss))
     assert "other parameters: 2 and 1" in str(trace.difference(replace(trace, names=("a.weight",))))
+
+
+def test_damaged_bytes_are_named_or_mean_the_same() -> None:
+    trace = make_trace()
+    data = trace.to_bytes()
+    num_named = 0
+    for place in range(len(data)):
+        for change in (0x01, 0xFF):
+            try:
+                found = StepTrace.from_bytes(data[:place] + bytes([data[place] ^ change]) + data[place + 1 :])
+            except ValueError:
+                num_named += 1
+            else:
+                assert trace.difference(found) is None
+                assert np.array_equal(trace.grad_norms, found.grad_norms)
+    assert num_named > len(data)
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match=r"Error|BadZipFile"):
+            StepTrace.from_bytes(data[:length])
+
+
+def test_gradients_that_are_all_zero_are_told_apart() -> None:
+    trace = make_trace()
+    assert not trace.is_zero
+    assert replace(trace, fingerprints=np.zeros_like(trace.fingerprints)).is_zero
