@@ -41,10 +41,9 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _connect(path: Path, stack: ExitStack) -> sqlite3.Connection:
     wal, index = (path.with_name(f"{path.name}{suffix}") for suffix in _BESIDE)
-    num_pending = wal.stat().st_size if wal.exists() else 0
     if index.exists():  # in use, or left by a run that was killed
         return _open(path, "mode=ro")
-    if not num_pending:  # SQLite would make both files; without them nobody writes
+    if not _size_of(wal):  # SQLite would make both files; without them nobody writes
         return _open(path, "mode=ro&immutable=1")
     # half a copy of a run: what is pending can be read only where an index can be made for it
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palaestra-ledger-")))
@@ -56,6 +55,13 @@ def _connect(path: Path, stack: ExitStack) -> sqlite3.Connection:
             raise
         raise LedgerError(f"cannot read {path}: {error}") from error
     return _open(place / path.name, "mode=ro")
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # perhaps at this moment: a run that ends removes it
+        return 0
 
 
 def _open(path: Path, how: str) -> sqlite3.Connection:

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from palaestra.errors import ConfigError, LedgerError
+from palaestra.errors import ConfigError, LedgerError, StepRefusedError, WorkerError
 from palaestra.trainer.checkpoints import Checkpoints, version_of
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import Learner, LearnerConfig
@@ -150,7 +150,13 @@ async def _blocks(ledger: Ledger, steps: range, config: LearnerConfig) -> list[t
 
 
 async def _replay(ledger: Ledger, learner: Learner, step: int, say: Say) -> None:
-    again = await make_again(learner, await ledger.load_step(step))
+    try:
+        again = await make_again(learner, await ledger.load_step(step))
+    except StepRefusedError as error:
+        raise WorkerError(
+            f"step {step} is on record, and now the learner refuses it ({error}): go on where it was made, with the "
+            "device and precision of then"
+        ) from error
     if again.damage is not None:
         await say(f"step {step} was made again, and cannot be compared: its trace is damaged ({again.damage})")
     if again.difference is not None:

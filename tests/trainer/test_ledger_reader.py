@@ -26,13 +26,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """The folder as on a disk that nobody can write; root writes what its mode forbids."""
-    for command in (("mount", "--bind"), ("mount", "-o", "remount,ro,bind")):
-        done = subprocess.run([*command, str(folder), str(folder)], capture_output=True, text=True, check=False)
-        require("mount", done.stderr.strip() or None)
     try:
+        for command in (("mount", "--bind"), ("mount", "-o", "remount,ro,bind")):
+            done = subprocess.run([*command, str(folder), str(folder)], capture_output=True, text=True, check=False)
+            require("mount", done.stderr.strip() or None)
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=False, stderr=subprocess.DEVNULL)
 
 
 async def make_run(folder: Path, kind: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from palaestra.errors import ConfigError
+from palaestra.errors import ConfigError, StepRefusedError, WorkerError
 from palaestra.resources import Resources
 from palaestra.trainer import Trainer
 from palaestra.trainer._learner_worker import LearnerService
@@ -281,13 +281,14 @@ class Killed(Exception):
 
 
 class MortalLearner(NearLearner):
-    """Dies before it makes a step a second time."""
+    """Fails before it makes a step a second time."""
 
-    dies_at = 0
+    fails_at = 0
+    failure: Exception = Killed()
 
     async def step(self, rows: Sequence[TrainRow]) -> StepReport:
-        if self.version + 1 == self.dies_at:
-            raise Killed
+        if self.version + 1 == self.fails_at:
+            raise self.failure
         return await super().step(rows)
 
 
@@ -296,7 +297,7 @@ async def test_a_second_kill_while_steps_are_made_again_costs_no_more_than_the_f
 ) -> None:
     history, unbroken = await make_history(tmp_path, model, saved=())
     mortal = MortalLearner(model)
-    mortal.dies_at = 6
+    mortal.fails_at = 6
 
     async def open_mortal(settings: LearnerConfig) -> NearLearner:
         return mortal
@@ -305,7 +306,10 @@ async def test_a_second_kill_while_steps_are_made_again_costs_no_more_than_the_f
         patch.setattr(history, "open_learner", open_mortal)
         with pytest.raises(Killed):
             await history.resume(save_every=2)
-    assert mortal.is_closed
+        assert mortal.is_closed
+        mortal.failure = StepRefusedError("step refused at version 5, weights unchanged: the loss is nan")
+        with pytest.raises(WorkerError, match=r"step 6 is on record, and now the learner refuses it \(step .* nan\)"):
+            await history.resume(save_every=2)
     history.lines.clear()
     assert_same(await history.resume(save_every=2), unbroken)
     assert history.lines == ["making steps 5 to 6 again from the ledger, on checkpoint version-00000004"]
