@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from palaestra.cli._main import _report
-from palaestra.errors import FULL, WorkerError
 
 PALAESTRA = Path(sys.executable).with_name("palaestra")
 
@@ -154,11 +150,3 @@ def test_eval_without_an_answer_says_why_and_exits_1(tmp_path: Path, monkeypatch
     assert "2 episodes failed on our side" in done.stdout
     assert "the judge is gone" in done.stdout
     assert "nan" not in run(*arguments, "--json", cwd=tmp_path).stdout.lower()
-
-
-@pytest.mark.parametrize("number", FULL)
-def test_a_full_disk_is_told_wherever_it_struck(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    said = OSError(number, os.strerror(number), "/run/checkpoint")
-    for error in (said, WorkerError(f"OSError: {said}"), ExceptionGroup("several", [said])):
-        assert _report(error) == 1
-        assert "the disk is full: free space and run the same command again (" in capsys.readouterr().err
