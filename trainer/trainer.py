@@ -120,7 +120,8 @@ class Trainer:
                 fit = Fit(parts, on_step=self._on_step)
                 with asked.finishing(fit.stop):
                     await fit.train()
-                await parts.learner.export(self.model_folder)
+                async with parts.stalls.wait("the run waits for the learner to export the model"):
+                    await parts.learner.export(self.model_folder)
                 mark_family(self.model_folder, family_of(self.model, self.config.family))
                 return FitResult(
                     version=parts.learner.version,
@@ -160,33 +161,44 @@ class Trainer:
             await self._take_over(ledger, meta)
             self._write_config(suite)
             learner, engine = await self._open_models(own, engine)
-            recorded = await ledger.meta()
-            checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
-            tell = partial(self._tell, ledger)
-            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=tell)
-            await ledger.use_config(config.model_dump(mode="json"))
-            await self._drop_unplayable(ledger, suite)
-            policy = EnginePolicy(engine, renderer, config.sampling)
-            buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
-            sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=await ledger.next_number())
-            rollouts = RolloutWorkers(
-                suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
-            )
-            with WeightSync(
-                learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
-            ) as sync:
-                await sync.publish(learner.version)
-                yield Parts(
-                    config=config,
-                    learner=learner,
-                    engine=engine,
-                    sync=sync,
-                    ledger=ledger,
-                    buffer=buffer,
-                    rollouts=rollouts,
-                    checkpoints=checkpoints,
-                    stalls=self._stalls(learner, engine, buffer, rollouts),
+            stalls = self._stalls(learner, engine)
+            async with stalls.watching():
+                async with stalls.wait("the run waits to be at its last step again"):
+                    checkpoints = await self._go_on(ledger, learner, suite)
+                    next_number = await ledger.next_number()
+                policy = EnginePolicy(engine, renderer, config.sampling)
+                buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
+                sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=next_number)
+                rollouts = RolloutWorkers(
+                    suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
                 )
+                stalls.facts = partial(self._facts, learner, buffer, rollouts)
+                with WeightSync(
+                    learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
+                ) as sync:
+                    async with stalls.wait("the run waits for the engine to take the first weights"):
+                        await sync.publish(learner.version)
+                    yield Parts(
+                        config=config,
+                        learner=learner,
+                        engine=engine,
+                        sync=sync,
+                        ledger=ledger,
+                        buffer=buffer,
+                        rollouts=rollouts,
+                        checkpoints=checkpoints,
+                        stalls=stalls,
+                    )
+
+    async def _go_on(self, ledger: Ledger, learner: Learner, suite: EnvSuite) -> Checkpoints:
+        """Bring learner and ledger to where the run was, under the configuration of now."""
+        run = (await ledger.meta())["run"]
+        checkpoints = Checkpoints(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
+        tell, settings = partial(self._tell, ledger), self.config.learner
+        await resume(ledger, checkpoints, learner, settings, open_learner=self._open_learner, say=tell)
+        await ledger.use_config(self.config.model_dump(mode="json"))
+        await self._drop_unplayable(ledger, suite)
+        return checkpoints
 
     async def _take_over(self, ledger: Ledger, meta: Mapping[str, Any]) -> None:
         """Compare what the run was with what is asked for now; raises `LedgerError` for what may not change."""
@@ -210,24 +222,21 @@ class Trainer:
             if group.task.env_id not in suite.weights:
                 await ledger.drop(group.number, "env_removed")
 
-    def _stalls(self, learner: Learner, engine: Engine, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> Stalls:
-        def facts() -> list[str]:
-            ready = f"{len(buffer)} of {self.config.groups_per_step} groups are ready"
-            running = f"{rollouts.num_generating} episodes are running"
-            return [
-                f"the learner holds version {learner.version}",
-                ready,
-                running,
-                *rollouts.describe()[:_SHOWN_EPISODES],
-            ]
-
+    def _stalls(self, learner: Learner, engine: Engine) -> Stalls:
         return Stalls(
             folder=self.run / "logs",
             report_s=self.config.stall_report_s,
-            facts=facts,
             processes=[part for part in (learner, engine) if isinstance(part, ProcessPart)],
             say=self._say,
         )
+
+    def _facts(self, learner: Learner, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> list[str]:
+        return [
+            f"the learner holds version {learner.version}",
+            f"{len(buffer)} of {self.config.groups_per_step} groups are ready",
+            f"{rollouts.num_generating} episodes are running",
+            *rollouts.describe()[:_SHOWN_EPISODES],
+        ]
 
     async def _open_learner(self, config: LearnerConfig) -> Learner:
         return await LocalLearner.start(self.model, config, log_path=self.run / "logs" / "learner.log")

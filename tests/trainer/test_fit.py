@@ -57,6 +57,7 @@ class Run:
         self.learner = ToyLearner()
         self.records: list[StepRecord] = []
         self.notes: list[str] = []
+        self.stop_after: int | None = None
 
     async def note(self, line: str) -> None:
         self.notes.append(line)
@@ -105,6 +106,14 @@ class Run:
             )
             sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
             await sync.publish(self.learner.version)
+            stalls = Stalls(
+                folder=self.folder / "logs",
+                report_s=config.stall_report_s,
+                processes=[],
+                say=self.notes.append,
+                facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
+            )
+            await stack.enter_async_context(stalls.watching())
             parts = Parts(
                 config=config,
                 learner=self.learner,
@@ -114,15 +123,16 @@ class Run:
                 buffer=self.buffer,
                 rollouts=rollouts,
                 checkpoints=checkpoints,
-                stalls=Stalls(
-                    folder=self.folder / "logs",
-                    report_s=config.stall_report_s,
-                    facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
-                    processes=[],
-                    say=self.notes.append,
-                ),
+                stalls=stalls,
             )
-            yield Fit(parts, on_step=self.records.append)
+            fit = Fit(parts, on_step=self.see)
+            self.stop = fit.stop
+            yield fit
+
+    def see(self, record: StepRecord) -> None:
+        self.records.append(record)
+        if record.step == self.stop_after:
+            self.stop()
 
     async def train(self) -> None:
         async with asyncio.timeout(30), self.open() as fit:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from palaestra.errors import WorkerError
+from palaestra.errors import WorkerError, leaves
 from palaestra.trainer.stalls import Stalls, await_chain, describe_tasks
 
 
@@ -95,8 +95,9 @@ def make_stalls(folder: Path, told: list[str], *, report_s: float = 1000.0, proc
 
 async def test_a_process_that_ends_while_nobody_calls_it_is_told_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as caught:
-        await make_stalls(tmp_path, [], process=Ended()).watch()
-    assert [str(error) for error in caught.value.exceptions] == ["the learner was killed by SIGKILL"]
+        async with make_stalls(tmp_path, [], process=Ended()).watching():
+            await asyncio.Event().wait()
+    assert [str(error) for error in leaves(caught.value)] == ["the learner was killed by SIGKILL"]
 
 
 async def test_a_wait_past_its_deadline_is_an_error_with_a_report(tmp_path: Path) -> None:
@@ -132,14 +133,12 @@ async def test_a_loop_that_does_not_turn_is_told_with_its_stack(tmp_path: Path, 
     was_told = threading.Event()
     stalls = make_stalls(folder, told, report_s=0.05)
     stalls.say = lambda line: (told.append(line), was_told.set())  # type: ignore[assignment, func-returns-value]
-    watching = asyncio.create_task(stalls.watch())
-    await asyncio.sleep(0)
-    assert was_told.wait(10)  # the fault: it blocks the loop
-    watching.cancel()
-    await asyncio.wait((watching,))
+    async with stalls.watching():
+        await asyncio.sleep(0)
+        assert was_told.wait(10)  # the fault: it blocks the loop
     assert "the event loop has not turned for" in told[0]
     if is_writable:
-        assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop.txt").read_text()
+        assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop-1.txt").read_text()
     else:
         assert "could not be written" in told[0]
 
@@ -148,9 +147,6 @@ async def test_a_report_that_takes_its_time_is_no_loop_that_stands(tmp_path: Pat
     told: list[str] = []
     process = Elsewhere(0.5)
     stalls = make_stalls(tmp_path, told, report_s=0.1, process=process)
-    watching = asyncio.create_task(stalls.watch())
-    async with stalls.wait("a waits for b"):
+    async with stalls.watching(), stalls.wait("a waits for b"):
         await process.has_answered.wait()
-    watching.cancel()
-    await asyncio.wait((watching,))
     assert not any("has not turned" in line for line in told)
