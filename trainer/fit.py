@@ -196,7 +196,8 @@ class Fit:
             canary=made.canary,
             engine_busy_s=engine_busy_s,
             engine_busy_before_s=self._engine_busy_s,
-            rollouts=parts.rollouts,
+            generated=parts.rollouts.num_generated,
+            verified=parts.rollouts.num_verified,
             concurrency=parts.config.concurrency,
         )
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from palaestra.trainer.learner import StepReport
-from palaestra.trainer.rollouts import RolloutWorkers
 from palaestra.types import Episode, Group, Outcome
 
 
@@ -82,7 +81,8 @@ def summarise_step(
     canary: float | None,
     engine_busy_s: float,
     engine_busy_before_s: float,
-    rollouts: RolloutWorkers,
+    generated: int,
+    verified: int,
     concurrency: int,
 ) -> StepRecord:
     """The record of the step that trained `groups`; means are over episodes with a score."""
@@ -112,8 +112,8 @@ def summarise_step(
         num_turns_cut=_mean([float(len(e.turns)) for e in cut]),
         zero_variance=_mean([float(_has_one_reward(group)) for group in groups]),
         dropped=dict(Counter(dropped)),
-        generated=rollouts.num_generated,
-        verified=rollouts.num_verified,
+        generated=generated,
+        verified=verified,
         use_engine=min(1.0, (engine_busy_s - engine_busy_before_s) / wall_s),
         use_learner=min(1.0, times.learn_s / wall_s),
         use_envs=min(1.0, env_s / wall_s / concurrency),
