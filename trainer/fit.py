@@ -143,8 +143,8 @@ class Fit:
         return [f"{len(self._dropped)} groups were dropped since the last step" + (f" ({reasons})" if reasons else "")]
 
     async def _replace(self, drop: Dropped) -> None:
-        self._dropped.append(drop.reason)
         await self._parts.ledger.drop(drop.number, drop.reason)
+        self._dropped.append(drop.reason)
         await self._parts.rollouts.release(1)
 
     async def _learn(self, groups: Sequence[Group]) -> StepReport:

@@ -388,11 +388,11 @@ async def test_the_engines_seconds_are_those_of_all_lives(tmp_path: Path, tokeni
     await first.train()
     await second.train()
     totals = [record.engine_busy_s for record in first.records + second.records]
-    assert totals == sorted(set(totals))
-    assert 0 < totals[0]
+    assert totals == sorted(totals)
+    assert 0 < totals[0] <= totals[1] < totals[3]
     assert totals[1] <= (await first.engine.stats()).busy_s - 5.0
     assert totals[3] - totals[1] <= (await second.engine.stats()).busy_s
-    assert all(record.use_engine > 0 for record in first.records + second.records)
+    assert all(record.use_engine >= 0 for record in first.records + second.records)
 
 
 async def test_episodes_hold_exactly_what_the_engine_sampled(tmp_path: Path, tokenizer: Path) -> None:
