@@ -110,6 +110,44 @@ async def test_a_wait_past_its_deadline_is_an_error_with_a_report(tmp_path: Path
     assert "the learner is elsewhere" in text
 
 
+async def test_facts_of_a_wait_are_told_with_it(tmp_path: Path) -> None:
+    stalls = make_stalls(tmp_path, [])
+    with pytest.raises(WorkerError, match=r"did so for 0\.01 s: 3 were dropped; a fact; stacks: "):
+        async with stalls.wait("a waits for b", 0.01, facts=lambda: ["3 were dropped"]):
+            await asyncio.Event().wait()
+    assert " s\n3 were dropped\n\n# Parts\na fact" in (tmp_path / "stall-1.txt").read_text()
+
+
+async def test_reports_of_an_earlier_life_stay(tmp_path: Path) -> None:
+    for life in range(1, 3):
+        stalls = make_stalls(tmp_path, [])
+        async with stalls.wait(f"life {life} waits"):
+            assert await stalls.report() == str(tmp_path / f"stall-{2 * life - 1}.txt")
+            assert await stalls.report() == str(tmp_path / f"stall-{2 * life}.txt")
+    assert ["life 1 waits" in (tmp_path / f"stall-{n}.txt").read_text() for n in range(1, 5)] == [True, True, False, False]
+
+
+async def test_a_report_may_show_a_name_that_is_no_text(tmp_path: Path) -> None:
+    stalls = make_stalls(tmp_path, [])
+    stalls.facts = lambda: ["a file called \udcff"]
+    assert r"a file called \udcff" in Path(await stalls.report()).read_text()
+
+
+async def test_a_report_that_nobody_reads_ends_nothing(tmp_path: Path) -> None:
+    was_told = asyncio.Event()
+
+    def say(line: str) -> None:
+        was_told.set()
+        raise BrokenPipeError("nobody reads this")
+
+    stalls = make_stalls(tmp_path, [], report_s=0.01)
+    stalls.say = say
+    async with stalls.watching():
+        async with stalls.wait("a waits for b"):
+            await was_told.wait()
+        await asyncio.sleep(0)
+
+
 async def test_a_timeout_of_another_stays_itself(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError):
         async with make_stalls(tmp_path, []).wait("a waits for b", 60.0):
