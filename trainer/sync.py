@@ -46,7 +46,7 @@ Scores = list[NDArray[np.float32]]
 
 
 class _Unmoved(NamedTuple):
-    """What should have moved since the engine's scores last did: scores, as expected of it, and weights it was given."""
+    """What should have moved since the engine's scores last did: scores, as is expected of it, and weights it got."""
 
     num_scores: float = 0.0
     num_weights: int = 0

@@ -124,7 +124,8 @@ async def test_reports_of_an_earlier_life_stay(tmp_path: Path) -> None:
         async with stalls.wait(f"life {life} waits"):
             assert await stalls.report() == str(tmp_path / f"stall-{2 * life - 1}.txt")
             assert await stalls.report() == str(tmp_path / f"stall-{2 * life}.txt")
-    assert ["life 1 waits" in (tmp_path / f"stall-{n}.txt").read_text() for n in range(1, 5)] == [True, True, False, False]
+    texts = [(tmp_path / f"stall-{number}.txt").read_text() for number in range(1, 5)]
+    assert ["life 1 waits" in text for text in texts] == [True, True, False, False]
 
 
 async def test_a_report_may_show_a_name_that_is_no_text(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class CoarseEngine(StaleEngine):
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         exact = [scores_at(len(ids) - 1, self.version * self.move) for ids in sequences]
-        return [np.round(scores * 16).astype(np.float32) / 16 for scores in exact]
+        return [(np.round(scores * 16) / 16).astype(np.float32) for scores in exact]
 
 
 def scores_at(count: int, moved: float) -> NDArray[np.float32]:
@@ -199,23 +199,25 @@ async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that
     model = make_model(tmp_path, size)
     engine_config = EngineConfig(dtype="bfloat16", device="cpu", max_model_len=128)
     config = LearnerConfig(learning_rate=1e-5, device="cpu", precision="bfloat16")
+    log = tmp_path / "engine.log"
     async with (
-        await StaleTransformersEngine.start(model, engine_config, log_path=tmp_path / "engine.log", version=-1) as engine,
+        await StaleTransformersEngine.start(model, engine_config, log_path=log, version=-1) as engine,
         await LocalLearner.start(model, config, tmp_path / "learner.log") as learner,
     ):
-        with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
-            await sync.publish(0)
-            for step in range(1, 60):
-                engine.is_stale = step > 20
-                rows = [make_row(10 * step + k) for k in range(4)]
+
+        async def make_steps(sync: WeightSync, count: int) -> None:
+            for _ in range(count):
+                rows = [make_row(10 * learner.version + k) for k in range(4)]
                 await sync.prepare([row.trajectory.ids.tolist() for row in rows[:2]])
                 await learner.step(rows)
-                try:
-                    await sync.publish(step)
-                except WorkerError as error:
-                    assert "equal to the last bit" in str(error)
-                    break
-    assert 20 < step < 59
+                await sync.publish(learner.version)
+
+        with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+            await sync.publish(0)
+            await make_steps(sync, 20)
+            engine.is_stale = True
+            with pytest.raises(WorkerError, match="equal to the last bit"):
+                await make_steps(sync, 20)
 
 
 async def test_a_learner_at_another_version_is_not_published() -> None:
