@@ -122,7 +122,8 @@ class Trainer:
                 fit = Fit(parts, on_step=self._on_step)
                 with asked.finishing(fit.stop):
                     await fit.train()
-                await parts.learner.export(self.model_folder)
+                async with parts.stalls.wait("the run waits for the learner to export the model"):
+                    await parts.learner.export(self.model_folder)
                 mark_family(self.model_folder, family_of(self.model, self.config.family))
                 return FitResult(
                     version=parts.learner.version,
@@ -161,70 +162,83 @@ class Trainer:
             ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
             await take_over(ledger, meta, config, allow=self._allow, say=partial(self._tell, ledger))
             self._write_config(suite)
-            recorded = await ledger.meta()
-            checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
-            learner, engine = await self._open_models(own, ledger, checkpoints, engine)
-            await ledger.use_config(config.model_dump(mode="json"))
-            policy = EnginePolicy(engine, renderer, config.sampling)
-            buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
-            sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=await ledger.next_number())
-            rollouts = RolloutWorkers(
-                suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
-            )
-            with WeightSync(
-                learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
-            ) as sync:
-                await sync.publish(learner.version)
-                yield Parts(
-                    config=config,
-                    learner=learner,
-                    engine=engine,
-                    sync=sync,
-                    ledger=ledger,
-                    buffer=buffer,
-                    rollouts=rollouts,
-                    checkpoints=checkpoints,
-                    stalls=self._stalls(learner, engine, buffer, rollouts),
+            checkpoints = await self._checkpoints(ledger)
+            stalls = self._stalls()
+            async with stalls.watching(), stalls.wait("the run waits to be at its last step again"):
+                learner, engine = await self._open_models(own, ledger, checkpoints, engine, stalls)
+                await ledger.use_config(config.model_dump(mode="json"))
+                next_number = await ledger.next_number()
+            stalls.processes = [part for part in (learner, engine) if isinstance(part, ProcessPart)]
+            async with stalls.watching():
+                policy = EnginePolicy(engine, renderer, config.sampling)
+                buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
+                sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=next_number)
+                rollouts = RolloutWorkers(
+                    suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
                 )
+                stalls.facts = partial(self._facts, learner, buffer, rollouts)
+                with WeightSync(
+                    learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
+                ) as sync:
+                    async with stalls.wait("the run waits for the engine to take the first weights"):
+                        await sync.publish(learner.version)
+                    yield Parts(
+                        config=config,
+                        learner=learner,
+                        engine=engine,
+                        sync=sync,
+                        ledger=ledger,
+                        buffer=buffer,
+                        rollouts=rollouts,
+                        checkpoints=checkpoints,
+                        stalls=stalls,
+                    )
+
+    async def _checkpoints(self, ledger: Ledger) -> Checkpoints:
+        run = (await ledger.meta())["run"]
+        return Checkpoints(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
 
     async def _tell(self, ledger: Ledger, line: str) -> None:
         self._say(line)
         await ledger.note(line)
 
-    def _stalls(self, learner: Learner, engine: Engine, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> Stalls:
-        def facts() -> list[str]:
-            ready = f"{len(buffer)} of {self.config.groups_per_step} groups are ready"
-            running = f"{rollouts.num_generating} episodes are running"
-            return [
-                f"the learner holds version {learner.version}",
-                ready,
-                running,
-                *rollouts.describe()[:_SHOWN_EPISODES],
-            ]
-
+    def _stalls(self) -> Stalls:
         return Stalls(
             folder=self.run / "logs",
             report_s=self.config.stall_report_s,
-            facts=facts,
-            processes=[part for part in (learner, engine) if isinstance(part, ProcessPart)],
+            processes=(),
             say=self._say,
         )
+
+    def _facts(self, learner: Learner, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> list[str]:
+        return [
+            f"the learner holds version {learner.version}",
+            f"{len(buffer)} of {self.config.groups_per_step} groups are ready",
+            f"{rollouts.num_generating} episodes are running",
+            *rollouts.describe()[:_SHOWN_EPISODES],
+        ]
 
     async def _open_learner(self, config: LearnerConfig) -> Learner:
         return await LocalLearner.start(self.model, config, log_path=self.run / "logs" / "learner.log")
 
     async def _open_models(
-        self, own: Resources, ledger: Ledger, checkpoints: Checkpoints, engine: Engine | None
+        self, own: Resources, ledger: Ledger, checkpoints: Checkpoints, engine: Engine | None, stalls: Stalls
     ) -> tuple[Learner, Engine]:
         logs = self.run / "logs"
         config = self.config
+
+        async def open_learner(settings: LearnerConfig) -> Learner:
+            learner = await self._open_learner(settings)
+            stalls.processes = [learner] if isinstance(learner, ProcessPart) else []
+            return learner
+
         start_learner = partial(
             resume,
             ledger,
             checkpoints,
             config.learner,
             save_every=config.save_every,
-            open_learner=self._open_learner,
+            open_learner=open_learner,
             say=partial(self._tell, ledger),
         )
         start_engine = partial(

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ class NearLearner:
 
     async def aclose(self) -> None:
         self.is_closed = True
+
+    async def watch(self) -> NoReturn:
+        raise AssertionError("no process, no end")
+
+    async def stacks(self) -> str:
+        return "here"
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.service._state()["parameters"].items()}
@@ -371,8 +378,10 @@ async def test_an_engine_starts_once_the_steps_were_made_again(
     monkeypatch.setattr(trainer, "_open_learner", history.open_learner)
     ledger, checkpoints = await history.open()
     async with Resources() as own:
-        learner, _ = await trainer._open_models(own, ledger, checkpoints, None)
+        stalls = trainer._stalls()
+        learner, _ = await trainer._open_models(own, ledger, checkpoints, None, stalls)
         assert (learner.version, seen) == (6, [6])
+        assert stalls.processes == [learner], "a report has its stacks"
         assert history.opened == [learner]
     assert history.opened[0].is_closed
     await ledger.aclose()
