@@ -346,6 +346,14 @@ class Env(gymnasium.Env[Observation, Message], ABC):
         if self._is_over:
             return
         self._is_over = True
+        ending = asyncio.create_task(self._end_in_time(), name=f"end of {self.task.id}")
+        try:
+            await asyncio.shield(ending)
+        finally:
+            if not ending.done():  # who calls the episode off now must not leave half of it behind
+                await asyncio.wait((ending,))
+
+    async def _end_in_time(self) -> None:
         limit_s = self.limits.setup_s
         try:
             await _in_time(self.end(), limit_s, SandboxError(f"end took longer than {limit_s:g} s"))

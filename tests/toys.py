@@ -139,7 +139,8 @@ class ToyEngine:
         self.loaded.append(version)
 
     async def stats(self) -> EngineStats:
-        return EngineStats(tokens=self._tokens, requests=self._requests, busy_s=0.0, version=self.version)
+        busy_s = self._requests / 1000
+        return EngineStats(tokens=self._tokens, requests=self._requests, busy_s=busy_s, version=self.version)
 
     async def aclose(self) -> None:
         pass

@@ -25,10 +25,8 @@ class FailureWatch:
     def see(self, episode: Episode) -> None:
         """Count an episode; raises `WorkerError` once a full window has more failures than allowed.
 
-        Episodes that were cut, since others of their group ended before, are not counted.
+        One that was cut at its group's deadline counts as one without an advantage: what hangs would be cut for ever.
         """
-        if episode.outcome is Outcome.CANCELLED:
-            return
         self._recent.append(episode)
         if len(self._recent) < (self._recent.maxlen or 0):
             return
@@ -40,11 +38,16 @@ class FailureWatch:
             )
         invalid = [e for e in self._recent if not self._is_valid(e.outcome)]
         if len(invalid) > self._max_invalid_rate * len(self._recent):
-            outcomes = ", ".join(f"{count} {name}" for name, count in Counter(e.outcome for e in invalid).items())
+            outcomes = ", ".join(f"{count} {name}" for name, count in Counter(map(_outcome, invalid)).items())
             raise WorkerError(
                 f"{len(invalid)} of the last {len(self._recent)} episodes got no advantage ({outcomes}): what is left "
-                "to train on is no fair sample; raise the limits of the environment, or max_invalid_rate"
+                "to train on is no fair sample; raise the limits of the environment, group_timeout_s, or "
+                "max_invalid_rate"
             )
+
+
+def _outcome(episode: Episode) -> str:
+    return "late" if episode.outcome is Outcome.CANCELLED else episode.outcome.value
 
 
 def _commonest(failed: list[Episode]) -> str:

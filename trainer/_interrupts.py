@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,8 +39,9 @@ class Interrupts:
             return
         if self._stop is not None:
             stop, self._stop = self._stop, None
-            print("stopping after this step; once more to leave now", file=sys.stderr, flush=True)
             stop()
+            with suppress(OSError):  # whoever read the error stream may have left
+                print("stopping after this step; once more to leave now", file=sys.stderr, flush=True)
         elif self._owner is not None:
             self._is_leaving = True
             self._owner.cancel()

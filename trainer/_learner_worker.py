@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from palaestra.errors import ConfigError, WorkerError
+from palaestra.errors import ConfigError, StepRefusedError
 from palaestra.processes import Reply
 from palaestra.trainer._fingerprint import fingerprints
 from palaestra.trainer._learner_files import read_state, write_model, write_state, write_weights
@@ -73,7 +73,7 @@ class LearnerService:
         """Nothing to release."""
 
     def step(self, rows: list[TrainRow]) -> StepReport:
-        """Make all updates of one batch; raises `WorkerError` when the step is refused."""
+        """Make all updates of one batch; raises `StepRefusedError` where they cannot be."""
         started = time.perf_counter()
         # one update writes only after everything was checked; with several, a later one can still fail
         before = self._state(is_copy=True) if self._updates_per_step > 1 else None
@@ -85,7 +85,7 @@ class LearnerService:
         except (ValueError, FloatingPointError) as error:
             if before is not None:
                 self._restore(before)
-            raise WorkerError(f"step refused at version {self._version}, weights unchanged: {error}") from error
+            raise StepRefusedError(f"step refused at version {self._version}, weights unchanged: {error}") from error
         self._version += 1
         seconds = time.perf_counter() - started
         return StepReport(

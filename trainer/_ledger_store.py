@@ -71,7 +71,7 @@ def connect(path: Path) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             _look_over(connection, path)
-            recorded = _read_meta(connection)
+            recorded = meta(connection)
             if recorded and recorded.get("format") != FORMAT:
                 raise LedgerError(
                     f"{path} was written in format {recorded.get('format')}, this version of Palaestra reads format "
@@ -90,32 +90,19 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a ledger that may be in use by another process; nothing can be written through this."""
-    if not path.is_file():
-        raise LedgerError(f"no ledger at {path}: give the folder of a run")
-    try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
-        found = _read_meta(connection).get("format")
-    except sqlite3.Error as error:
-        raise LedgerError(f"cannot read {path}: {error}; the file is damaged") from error
-    if found != FORMAT:
-        connection.close()
-        raise LedgerError(f"{path} was written in format {found}; this version of Palaestra reads format {FORMAT}")
-    return connection
-
-
-def check_meta(connection: sqlite3.Connection, meta: Mapping[str, Any]) -> None:
+def check_meta(connection: sqlite3.Connection, values: Mapping[str, Any]) -> None:
     """Note what a new run is; what an old one is stays."""
-    if not _read_meta(connection):
-        rows = [(key, json.dumps(value)) for key, value in {"format": FORMAT, **meta}.items()]
+    if not meta(connection):
+        rows = [(key, json.dumps(value)) for key, value in {"format": FORMAT, **values}.items()]
         with _writing(connection):
             connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
 
 
 def meta(connection: sqlite3.Connection) -> dict[str, Any]:
-    """What the run is, as recorded when it began or by `amend_meta`."""
-    return _read_meta(connection)
+    """What the run is, as recorded when it began or by `amend_meta`; empty where no run began."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return {}
+    return {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")}
 
 
 def amend_meta(connection: sqlite3.Connection, key: str, value: Any) -> None:
@@ -290,12 +277,6 @@ def _plays(connection: sqlite3.Connection, number: int) -> Iterator[tuple[int, E
 
 def _checksum(record: str, blob: bytes | None) -> int:
     return zlib.crc32(blob or b"", zlib.crc32(record.encode()))
-
-
-def _read_meta(connection: sqlite3.Connection) -> dict[str, Any]:
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-        return {}
-    return {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")}
 
 
 def _look_over(connection: sqlite3.Connection, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -101,12 +101,24 @@ def _load(folder: Path) -> Any:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except _LOAD_ERRORS as error:
-        raise ConfigError(f"model folder {folder} does not load: {_first_line(error)}") from error
+        place = _damaged_weights(folder) or f"model folder {folder}"
+        raise ConfigError(f"{place} does not load: {_first_line(error)}") from error
     # transformers only warns about these and trains on random numbers
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"model folder {folder} lacks {len(missing)} weights, the first is {missing[0]}")
     return network
+
+
+def _damaged_weights(folder: Path) -> Path | None:
+    """The first of its weights files that cannot be opened; the library's own error does not name it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return path
+    return None
 
 
 def _device(config: LearnerConfig) -> torch.device:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from palaestra.trainer.learner import Learner
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_NAME = re.compile(r"version-\d{8,}")
 
 OnDamage = Callable[[str], Awaitable[None]]
 """Hears of each checkpoint that cannot be used, in one line."""
@@ -39,9 +42,13 @@ class Checkpoints:
                 complaint = await asyncio.to_thread(self._complaint, folder)
             if complaint is None:
                 return folder
-            aside = await asyncio.to_thread(_set_aside, folder)
-            await on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
+            await self.set_aside(folder, complaint, on_damage=on_damage)
         return None
+
+    async def set_aside(self, folder: Path, complaint: str, *, on_damage: OnDamage) -> None:
+        """Keep a checkpoint that cannot be used under another name, and say so."""
+        aside = await asyncio.to_thread(_set_aside, folder)
+        await on_damage(f"checkpoint {folder.name} cannot be used ({complaint}); it is kept as {aside.name}")
 
     async def save(self, learner: Learner) -> Path:
         """Save the learner's present version unless it is saved already; older checkpoints are thinned out."""
@@ -70,15 +77,20 @@ class Checkpoints:
         return max(map(version_of, self._found()), default=0)
 
     def _found(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("version-*") if path.suffix == "")
+        """Names that we gave, the oldest first; copies that somebody made beside them are left alone."""
+        return sorted(filter(lambda path: _NAME.fullmatch(path.name), self._folder.glob("version-*")), key=version_of)
 
     def _seal(self, partial: Path, target: Path, version: int) -> None:
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         manifest = {"format": _FORMAT, "run": self._run, "version": version, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        with (partial / _MANIFEST).open("w") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         sync_folder(partial)
         partial.rename(target)
         sync_folder(self._folder)
+        sync_folder(self._folder.parent)  # the first checkpoint made the folder of them all
 
     def _complaint(self, folder: Path) -> str | None:
         try:

@@ -56,7 +56,7 @@ class GRPOConfig(Config):
     max_failure_rate: float = Field(default=0.25, ge=0, le=1)
     """Share of the last 64 episodes that may fail on our side before the run stops."""
     max_invalid_rate: float = Field(default=0.9, ge=0, le=1)
-    """Share of the last 64 episodes that may get no advantage (timeouts and failures) before the run stops."""
+    """Share of the last 64 episodes that may get no advantage (timeouts, failures, late ones) before the run stops."""
     save_every: int = Field(default=10, ge=1)
     """Updates between checkpoints; those since the last one are made again from the ledger after a kill."""
     num_checkpoints: int = Field(default=2, ge=1)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from palaestra.agents import Engine
+from palaestra.errors import StepRefusedError
 from palaestra.trainer.buffer import Dropped, NumberedGroup, ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
@@ -28,13 +30,14 @@ from palaestra.trainer.sync import WeightSync
 from palaestra.types import Group
 
 OnStep = Callable[[StepRecord], None]
+ValueT = TypeVar("ValueT")
 
 _NUM_CANARIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The running parts of a fit, each owned by whoever opened it."""
+    """The running parts of a fit, each owned by whoever opened it; so is the watch over `stalls`."""
 
     config: GRPOConfig
     learner: Learner
@@ -67,31 +70,33 @@ class Fit:
         self._on_step = on_step
         self._clock = clock
         self._dropped: list[str] = []
-        self._engine_busy_s = 0.0
+        self._engine_busy_s = self._engine_offset_s = 0.0
         self._stopping = asyncio.Event()
+        self._refused_at = -1
 
     async def train(self) -> None:
         """Train until `config.steps`, or until `stop`; leaves a checkpoint of the last step."""
         parts = self._parts
-        self._engine_busy_s = (await parts.engine.stats()).busy_s
         await self._count_on()
         async with asyncio.TaskGroup() as tasks:
-            background = [
-                tasks.create_task(self._generate(), name="rollouts"),
-                tasks.create_task(parts.stalls.watch(), name="stall watch"),
-            ]
+            generating = tasks.create_task(self._generate(), name="rollouts")
             while parts.learner.version < parts.config.steps:
                 started_s = self._clock()
                 batch = await self._sample()
                 if batch is None:
                     break
                 waited_s = self._clock() - started_s
-                report = await self._learn([group for _, group in batch])
+                try:
+                    report = await self._learn([group for _, group in batch])
+                except StepRefusedError as error:
+                    await self._refuse(batch, error)
+                    continue
                 made = _Made(batch=batch, report=report, wait_s=waited_s, learn_s=self._clock() - started_s - waited_s)
                 await self._record(made)
                 await self._publish(made)
-            for task in background:
-                task.cancel()
+            generating.cancel()
+            async with parts.stalls.wait("the loop waits for the episodes under way to be closed"):
+                await asyncio.wait((generating,))
         await self._save()
 
     def stop(self) -> None:
@@ -100,13 +105,17 @@ class Fit:
 
     async def _count_on(self) -> None:
         """Counts go on where the ledger has them; drops that no step has told of are told by the next one."""
-        ledger = self._parts.ledger
-        balance = await ledger.balance()
-        self._parts.rollouts.count_on(num_generated=balance.episodes_ended, num_verified=balance.episodes_verified)
+        parts = self._parts
+        async with parts.stalls.wait("the loop waits for the ledger's counts"):
+            balance, records = await parts.ledger.balance(), await parts.ledger.steps()
+        parts.rollouts.count_on(num_generated=balance.episodes_ended, num_verified=balance.episodes_verified)
         untold = Counter(balance.dropped)
-        for record in await ledger.steps():
+        for record in records:
             untold.subtract(record.get("dropped", {}))
         self._dropped = list(untold.elements())
+        # the engine counts from its own start, the run from its first life on
+        self._engine_busy_s = records[-1].get("engine_busy_s", 0.0) if records else 0.0
+        self._engine_offset_s = self._engine_busy_s - await self._engine_count()
 
     async def _generate(self) -> None:
         parts = self._parts
@@ -118,23 +127,30 @@ class Fit:
     async def _sample(self) -> Sequence[NumberedGroup] | None:
         """The next batch; None when the run is to stop."""
         parts = self._parts
+        taking = parts.buffer.take(parts.config.groups_per_step, parts.learner.version, on_drop=self._replace)
+        return await self._unless_stopped(taking, "the learner waits for rollouts")
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, ValueT], text: str) -> ValueT | None:
+        """What `work`, which waits for rollouts, gives; None once the run is to stop, which calls it off."""
+        parts = self._parts
         async with (
-            parts.stalls.wait("the learner waits for rollouts", parts.config.step_timeout_s),
+            parts.stalls.wait(text, parts.config.step_timeout_s, facts=self._tell_drops),
             asyncio.TaskGroup() as tasks,
         ):
-            taking = tasks.create_task(
-                parts.buffer.take(parts.config.groups_per_step, parts.learner.version, on_drop=self._replace),
-                name="batch",
-            )
+            working = tasks.create_task(work, name=text)
             stopping = tasks.create_task(self._stopping.wait(), name="stop")
-            await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
-            taking.cancel()
+            await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+            working.cancel()
             stopping.cancel()
-        return None if taking.cancelled() or self._stopping.is_set() else taking.result()
+        return None if working.cancelled() or self._stopping.is_set() else working.result()
+
+    def _tell_drops(self) -> list[str]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self._dropped).most_common())
+        return [f"{len(self._dropped)} groups were dropped since the last step" + (f" ({reasons})" if reasons else "")]
 
     async def _replace(self, drop: Dropped) -> None:
-        self._dropped.append(drop.reason)
         await self._parts.ledger.drop(drop.number, drop.reason)
+        self._dropped.append(drop.reason)
         await self._parts.rollouts.release(1)
 
     async def _learn(self, groups: Sequence[Group]) -> StepReport:
@@ -144,6 +160,18 @@ class Fit:
         async with parts.stalls.wait("the loop waits for the learner's step"):
             await parts.sync.prepare(sequences[:_NUM_CANARIES])
             return await parts.learner.step(make_rows(groups, parts.config))
+
+    async def _refuse(self, batch: Sequence[NumberedGroup], error: StepRefusedError) -> None:
+        """Drop a batch that the learner would not train, for else it would come again at each start; one in a row."""
+        version = self._parts.learner.version
+        line = f"groups {', '.join(str(number) for number, _ in batch)} are dropped (refused): {error}"
+        await self._parts.ledger.note(line)
+        self._parts.stalls.say(line)
+        for number, _ in batch:
+            await self._replace(Dropped(number, "refused"))
+        if self._refused_at == version:
+            raise error
+        self._refused_at = version
 
     async def _record(self, made: _Made) -> None:
         """Write the step down: from here on it is part of the run, whatever happens."""
@@ -156,18 +184,20 @@ class Fit:
     async def _publish(self, made: _Made) -> None:
         """Hand the new weights to the engine, let it play on, and save where that is due."""
         parts, step = self._parts, made.report.version
+        is_last, canary = step >= parts.config.steps, None
         started_s = self._clock()
-        if parts.config.mode == "one-step" and step < parts.config.steps:
-            async with parts.stalls.wait("the learner waits for the batch being played", parts.config.step_timeout_s):
-                await parts.rollouts.drain()
+        if parts.config.mode == "one-step" and not is_last:
+            await self._unless_stopped(parts.rollouts.drain(), "the learner waits for the batch being played")
         drained_s = self._clock()
-        async with parts.stalls.wait("the loop waits for the engine to take the weights"):
-            canary = await parts.sync.publish(step)
+        if is_last or not self._stopping.is_set():  # else nothing is sampled any more
+            async with parts.stalls.wait("the loop waits for the engine to take the weights"):
+                canary = await parts.sync.publish(step)
         wait_s, sync_s = made.wait_s + drained_s - started_s, self._clock() - drained_s
         record = await self._summarise(replace(made, wait_s=wait_s, sync_s=sync_s, canary=canary))
         self._engine_busy_s = record.engine_busy_s
         self._dropped.clear()
-        await parts.ledger.amend(step, record.to_json())
+        async with parts.stalls.wait("the loop waits for the ledger to complete the step"):
+            await parts.ledger.amend(step, record.to_json())
         await parts.rollouts.release(len(made.batch))
         if step % parts.config.save_every == 0:
             await self._save()
@@ -175,19 +205,24 @@ class Fit:
 
     async def _summarise(self, made: _Made) -> StepRecord:
         parts = self._parts
-        async with parts.stalls.wait("the loop waits for the engine's counts"):
-            stats = await parts.engine.stats()
+        engine_busy_s = await self._engine_count() + self._engine_offset_s
         return summarise_step(
             [group for _, group in made.batch],
             report=made.report,
             times=StepTimes(wait_s=made.wait_s, learn_s=made.learn_s, sync_s=made.sync_s),
             dropped=self._dropped,
             canary=made.canary,
-            engine_busy_s=stats.busy_s,
+            engine_busy_s=engine_busy_s,
             engine_busy_before_s=self._engine_busy_s,
-            rollouts=parts.rollouts,
+            generated=parts.rollouts.num_generated,
+            verified=parts.rollouts.num_verified,
             concurrency=parts.config.concurrency,
         )
+
+    async def _engine_count(self) -> float:
+        """Seconds that the engine computed since its own start."""
+        async with self._parts.stalls.wait("the loop waits for the engine's counts"):
+            return (await self._parts.engine.stats()).busy_s
 
     async def _save(self) -> None:
         async with self._parts.stalls.wait("the loop waits for the learner to save"):

@@ -107,7 +107,7 @@ class Learner(Protocol):
         """Number of steps made, over all restarts."""
 
     async def step(self, rows: Sequence[TrainRow]) -> StepReport:
-        """Train on a batch. Raises `WorkerError`, with nothing changed, when a number in it is not finite."""
+        """Train on a batch. Raises `StepRefusedError`, with nothing changed, when a number in it is not finite."""
 
     async def publish(self, folder: Path) -> Published:
         """Write the weights and configuration that an engine loads; files already there are replaced."""

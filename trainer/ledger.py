@@ -8,11 +8,11 @@ soon as it ended, a step with its groups before its weights leave the learner.
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 from palaestra.errors import LedgerError
 from palaestra.trainer import _ledger_store as store
 from palaestra.trainer._ledger_proof import Balance, prove
+from palaestra.trainer._ledger_reader import reading
 from palaestra.trainer._ledger_store import FORMAT, OpenGroup, RecordedStep
 from palaestra.trainer._run_lock import take_lock
 from palaestra.types import Episode, Group, Task
@@ -59,12 +60,13 @@ class Ledger:
         """
         lock = await asyncio.to_thread(take_lock, folder)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        opening = thread.submit(store.connect, folder / _FILE)
         try:
-            connection = await asyncio.get_running_loop().run_in_executor(thread, store.connect, folder / _FILE)
-            ledger = cls(connection, lock, thread)
+            ledger = cls(await asyncio.wrap_future(opening), lock, thread)
             await ledger._do(store.check_meta, {"run": uuid.uuid4().hex, **meta})
             await ledger.balance()
         except BaseException:
+            thread.submit(_close, opening)
             thread.shutdown()
             lock.close()
             raise
@@ -174,32 +176,38 @@ class Ledger:
     async def _run(self, function: Callable[[], ValueT]) -> ValueT:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, json.JSONDecodeError) as error:
             raise LedgerError(
                 f"the ledger cannot be read or written ({error}); free disk space, make its folder writable, or "
                 "restore it, and run the same command again"
             ) from error
 
 
+def _close(opening: Future[sqlite3.Connection]) -> None:
+    """Close what was opened, if it was; on the ledger's thread, to which the connection belongs."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
 def read_records(run: Path) -> Iterator[dict[str, Any]]:
     """The JSON records of all ended episodes of a run, one at a time; the run may be going on."""
-    with closing(store.connect_to_read(run / _FILE)) as connection:
+    with reading(run / _FILE) as connection:
         yield from store.records(connection)
 
 
 def read_meta(run: Path) -> dict[str, Any]:
     """What a run is; see `Ledger.meta`. The run may be going on."""
-    with closing(store.connect_to_read(run / _FILE)) as connection:
+    with reading(run / _FILE) as connection:
         return store.meta(connection)
 
 
 def read_configs(run: Path, steps: Iterable[int]) -> list[tuple[int, dict[str, Any]]]:
     """The configurations that made steps of a run, which may be going on."""
-    with closing(store.connect_to_read(run / _FILE)) as connection:
+    with reading(run / _FILE) as connection:
         return [(step, store.config_of(connection, step)) for step in steps]
 
 
 def read_step(run: Path, step: int) -> RecordedStep:
     """A step of a run, which may be going on; raises `LedgerError` when there is no such step or it is damaged."""
-    with closing(store.connect_to_read(run / _FILE)) as connection:
+    with reading(run / _FILE) as connection:
         return store.load_step(connection, step)

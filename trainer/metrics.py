@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from palaestra.trainer.learner import StepReport
-from palaestra.trainer.rollouts import RolloutWorkers
 from palaestra.types import Episode, Group, Outcome
 
 
@@ -33,7 +34,9 @@ class StepRecord:
 
     `use_*` are shares of the step's wall clock: of the engine computing, of the learner computing, and of
     the episode slots that were inside an environment. `num_turns_cut` are the turns that cut episodes had by
-    then: where they exceed `num_turns`, cutting favours short episodes. `engine_busy_s` is a running total.
+    then, if they had begun: where they exceed `num_turns`, cutting favours short episodes. `num_versions` counts the
+    versions that sampled the trained episodes. `engine_busy_s` is a total over the run's lives, without what a life
+    computed after its last step.
     """
 
     step: int
@@ -48,6 +51,7 @@ class StepRecord:
     outcomes: Mapping[str, int]
     lag_mean: float
     lag_max: int
+    num_versions: int
     num_episodes: int
     num_sampled_tokens: int
     num_turns: float
@@ -77,12 +81,14 @@ def summarise_step(
     canary: float | None,
     engine_busy_s: float,
     engine_busy_before_s: float,
-    rollouts: RolloutWorkers,
+    generated: int,
+    verified: int,
     concurrency: int,
 ) -> StepRecord:
     """The record of the step that trained `groups`; means are over episodes with a score."""
     episodes = [episode for group in groups for episode in group.episodes]
     scored = [e for e in episodes if e.reward is not None]
+    cut = [e for e in episodes if e.outcome is Outcome.CANCELLED and e.timings]  # those that began have times
     lags = [report.version - 1 - group.oldest_version for group in groups if group.oldest_version is not None]
     env_s = sum(e.timings.get("env_s", 0.0) for e in episodes)
     wall_s = max(times.wall_s, 1e-9)
@@ -99,14 +105,15 @@ def summarise_step(
         outcomes=dict(Counter(e.outcome.value for e in episodes)),
         lag_mean=_mean(lags),
         lag_max=max(lags, default=0),
+        num_versions=len(_versions(scored)),
         num_episodes=len(episodes),
         num_sampled_tokens=sum(e.trajectory.num_sampled for e in episodes if e.trajectory is not None),
         num_turns=_mean([float(len(e.turns)) for e in episodes if e.outcome is not Outcome.CANCELLED]),
-        num_turns_cut=_mean([float(len(e.turns)) for e in episodes if e.outcome is Outcome.CANCELLED]),
+        num_turns_cut=_mean([float(len(e.turns)) for e in cut]),
         zero_variance=_mean([float(_has_one_reward(group)) for group in groups]),
         dropped=dict(Counter(dropped)),
-        generated=rollouts.num_generated,
-        verified=rollouts.num_verified,
+        generated=generated,
+        verified=verified,
         use_engine=min(1.0, (engine_busy_s - engine_busy_before_s) / wall_s),
         use_learner=min(1.0, times.learn_s / wall_s),
         use_envs=min(1.0, env_s / wall_s / concurrency),
@@ -127,6 +134,11 @@ def one_line(record: StepRecord) -> str:
         f"lag {record.lag_mean:.1f} (max {record.lag_max}) | use: engine {record.use_engine:.0%} "
         f"learner {record.use_learner:.0%} envs {record.use_envs:.0%} | {record.wall_s:.1f} s"
     )
+
+
+def _versions(episodes: Sequence[Episode]) -> set[int]:
+    trajectories = [e.trajectory for e in episodes if e.trajectory is not None]
+    return {int(version) for t in trajectories for version in np.unique(t.versions[t.loss_mask])}
 
 
 def _short(env_id: str) -> str:

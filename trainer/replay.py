@@ -30,22 +30,30 @@ class Replay:
     again: Again
 
     @property
+    def is_compared(self) -> bool:
+        """Whether there were two traces to compare."""
+        return self.again.before is not None and self.again.now is not None
+
+    @property
     def is_equal(self) -> bool:
         """Whether loss and gradients came out equal, to the last bit."""
-        return self.again.before is not None and self.again.difference is None
+        return self.is_compared and self.again.difference is None
 
     def describe(self) -> str:
         """One line for a person."""
         before, now = self.again.before, self.again.now
+        if self.again.damage is not None:
+            return f"step {self.step} cannot be compared: its trace on record is damaged ({self.again.damage})"
         if before is None or now is None:
             return f"step {self.step} has no trace on record: there is nothing to compare with"
         if self.again.difference is not None:
             return f"step {self.step} DIFFERS: {self.again.difference}{self.again.reason}"
         losses = ", ".join(f"{loss:.6g}" for loss in now.losses)
-        return (
-            f"step {self.step} came out as recorded, bit for bit: loss {losses}, "
-            f"{now.fingerprints.shape[0] * len(now.names)} gradients, made on {now.made_on}"
-        )
+        num_gradients = now.fingerprints.shape[0] * len(now.names)
+        gradients = f"{num_gradients} gradients"
+        if now.is_zero:
+            gradients = f"all {num_gradients} gradients are zero, so that their agreement proves little"
+        return f"step {self.step} came out as recorded, bit for bit: loss {losses}, {gradients}, made on {now.made_on}"
 
 
 def run_folder(path: Path) -> Path:
@@ -86,6 +94,8 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
 async def _make_all(run: Path, learner: LocalLearner, steps: range, wanted: int, say: Callable[[str], None]) -> Again:
     for each in steps:
         again = await make_again(learner, await asyncio.to_thread(read_step, run, each))
+        if each != wanted and again.damage is not None:
+            say(f"on the way, step {each} cannot be compared: its trace on record is damaged ({again.damage})")
         if each != wanted and again.difference is not None:
             say(f"on the way, step {each} came out otherwise ({again.difference}){again.reason}")
     return again

@@ -175,4 +175,6 @@ class RolloutWorkers:
     def _see(self, episode: Episode) -> None:
         self.num_generated += 1
         self.num_verified += episode.reward is not None
-        self._failures.see(episode)
+        # a spare is cut because the group has enough without it, which says nothing about the spare
+        if episode.failure is None or episode.failure.message != SPARE:
+            self._failures.see(episode)

@@ -1,7 +1,8 @@
 """Stall reports: who waits for whom, since when, and where each of them is in the code.
 
 Invariant: no wait of the loop is silent. One that lasts longer than `report_s` writes a report and says so once, one
-that passes its deadline ends the run with the same report; so does a loop that does not turn, which a thread watches.
+that passes its deadline ends the run with the same report; a loop that does not turn is told by a thread. A report ends
+nothing: what cannot be read, written or told is left out of it by name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
@@ -47,6 +48,7 @@ class ProcessPart(Protocol):
 class _Wait:
     text: str
     since_s: float
+    facts: Facts
     is_told: bool = False
 
 
@@ -56,16 +58,18 @@ class Stalls:
 
     folder: Path
     report_s: float
-    facts: Facts
     processes: Sequence[ProcessPart]
     say: Callable[[str], None]
+    facts: Facts = tuple
     _waits: list[_Wait] = field(default_factory=list)
-    _num_reports: int = 0
 
     @asynccontextmanager
-    async def wait(self, text: str, timeout_s: float | None = None) -> AsyncIterator[None]:
-        """Name a wait, such as `the learner waits for rollouts`; past `timeout_s` it ends in a `WorkerError`."""
-        wait = _Wait(text, time.monotonic())
+    async def wait(self, text: str, timeout_s: float | None = None, *, facts: Facts = tuple) -> AsyncIterator[None]:
+        """Name a wait, such as `the learner waits for rollouts`; past `timeout_s` it ends in a `WorkerError`.
+
+        `facts` are those that belong to this wait.
+        """
+        wait = _Wait(text, time.monotonic(), facts)
         self._waits.append(wait)
         try:
             async with asyncio.timeout(timeout_s) as scope:
@@ -74,13 +78,22 @@ class Stalls:
             if not scope.expired():
                 raise
             where = await self.report()
-            facts = "; ".join(self.facts())
-            raise WorkerError(f"{text}, and did so for {timeout_s:g} s: {facts}; stacks: {where}") from error
+            told = "; ".join((*facts(), *self.facts()))
+            raise WorkerError(f"{text}, and did so for {timeout_s:g} s: {told}; stacks: {where}") from error
         finally:
             self._waits.remove(wait)
 
-    async def watch(self) -> None:
-        """Look at the waits until cancelled; a process that ends ends this by name, also while nobody calls it."""
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Look at the waits in here; a process that ends ends this by name, also while nobody calls it."""
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._watch(), name="stall watch")
+            try:
+                yield
+            finally:
+                watch.cancel()
+
+    async def _watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             for process in self.processes:
                 tasks.create_task(process.watch(), name="process watch")
@@ -90,22 +103,23 @@ class Stalls:
         with _watch_loop(self.folder, self.report_s, self.say):
             while True:
                 await asyncio.sleep(_LOOK_S)
-                for wait in self._waits:
+                for wait in tuple(self._waits):
                     waited_s = time.monotonic() - wait.since_s
                     if waited_s >= self.report_s and not wait.is_told:
                         wait.is_told = True
-                        self.say(f"{wait.text} for {waited_s:.0f} s by now; who is where: {await self.report()}")
+                        where = await self.report()
+                        _tell(self.say, f"{wait.text} for {waited_s:.0f} s by now; who is where: {where}")
 
     async def report(self) -> str:
         """Write who waits for whom, with the stacks of all tasks and processes; where that is, or why it is nowhere."""
         now_s = time.monotonic()
-        lines = ["# Waits", *(f"{wait.text}, for {now_s - wait.since_s:.1f} s" for wait in self._waits)]
+        lines = ["# Waits"]
+        for wait in self._waits:
+            lines += [f"{wait.text}, for {now_s - wait.since_s:.1f} s", *wait.facts()]
         lines += ["", "# Parts", *self.facts(), "", "# Tasks", *describe_tasks()]
         for process in self.processes:
             lines += ["", "# Process", await process.stacks()]
-        self._num_reports += 1
-        path = self.folder / f"stall-{self._num_reports}.txt"
-        return await asyncio.to_thread(_write, path, "\n".join(lines) + "\n")
+        return await asyncio.to_thread(_write, self.folder, "stall", "\n".join(lines) + "\n")
 
 
 def describe_tasks() -> list[str]:
@@ -167,8 +181,10 @@ def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> It
             silent_s = time.monotonic() - asked_s
             if silent_s >= report_s and not is_told:
                 is_told = True
-                where = _write(folder / "stall-loop.txt", _stacks_of_threads(loop_thread))
-                say(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}")
+                where = _write(folder, "stall-loop", _stacks_of_threads(loop_thread))
+                _tell(
+                    say, f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}"
+                )
 
     thread = threading.Thread(target=watch, name="loop watch", daemon=True)
     thread.start()
@@ -186,11 +202,22 @@ def _stacks_of_threads(loop_thread: int) -> str:
     )
 
 
-def _write(path: Path, text: str) -> str:
-    """The file's path. A disk that is full or read-only must not hide the stall that is to be told."""
+def _tell(say: Callable[[str], None], line: str) -> None:
+    with suppress(OSError):  # whoever read the error stream may have left; the report is in its file
+        say(line)
+
+
+def _write(folder: Path, name: str, text: str) -> str:
+    """The path of a new file. A disk that is full or read-only must not hide the stall that is to be told."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            number += 1
+            path = folder / f"{name}-{number}.txt"
+            # those before are of earlier lives of the run; a stack shows names of files, which may be no text
+            with suppress(FileExistsError), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+                return str(path)
     except OSError as error:
         return f"nowhere, the report could not be written: {error.strerror}"
-    return str(path)

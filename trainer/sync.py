@@ -3,22 +3,27 @@
 Invariant: after `publish` returns, every new token is sampled from the learner's weights. Versions rise by the
 learner's count, the engine refuses bytes with another checksum, requests share cached prefixes only within a version
 (each engine's business), and the canary compares log-probabilities of the same sequences on both sides: when they
-differ, or when the engine is nearer to the weights before, the run stops.
+differ, when the engine is nearer to the weights before, or when the engine's own do not move with the weights, the run
+stops.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from palaestra.agents import Engine
 from palaestra.errors import WorkerError
+from palaestra.trainer._weight_changes import count_changes
 from palaestra.trainer.learner import Learner
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -29,8 +34,29 @@ _WORST = 10.0
 """A single token may differ by so many times the tolerance: in bfloat16 an unlikely one does by 0.1 and more."""
 _CLEAR = 4.0
 """A step moved the weights visibly when log-probs moved so many times as far as the sides disagree on equal ones."""
+_REMEMBERED = 16
+"""How far the sides disagree on equal weights is the most that they did in so many canaries; it falls again."""
+_FINEST = 1e-6
+"""No engine is taken to compute finer than this, in nats."""
+_MANY_SCORES, _MANY_WEIGHTS = 20.0, 1000
+"""No chance leaves all of an engine's scores as they were where so many should have moved, with so many of its weights:
+about exp(-20). Either alone could, in a step that is too small for its rounding, or seen by the learner alone."""
 
 Scores = list[NDArray[np.float32]]
+
+
+class _Unmoved(NamedTuple):
+    """What should have moved since the engine's scores last did: scores, as is expected of it, and weights it got."""
+
+    num_scores: float = 0.0
+    num_weights: int = 0
+
+
+class _Before(NamedTuple):
+    """What both sides said of the canary under the weights before a step."""
+
+    ours: Scores
+    theirs: Scores
 
 
 class WeightSync:
@@ -43,8 +69,10 @@ class WeightSync:
         self._canary_every = canary_every
         self._num_published = 0
         self._canary: Sequence[Sequence[int]] = (_FIRST_CANARY,)
-        self._before: Scores | None = None
-        self._noise: float | None = None
+        self._before: _Before | None = None
+        self._disagreements: deque[float] = deque(maxlen=_REMEMBERED)
+        self._checksum = ""
+        self._unmoved = _Unmoved()
         self._folder: Path | None = None
 
     def __enter__(self) -> WeightSync:
@@ -60,14 +88,16 @@ class WeightSync:
 
     async def prepare(self, sequences: Sequence[Sequence[int]]) -> None:
         """Before a step: choose what both sides are compared on after it, and remember what the old weights say."""
-        self._canary = sequences
-        self._before = await self._learner.score(sequences) if sequences and self._is_due else None
+        self._canary, self._before = sequences, None
+        if sequences and self._is_due:
+            theirs = await self._engine.score(sequences)
+            self._before = _Before(await self._learner.score(sequences), theirs)
 
     async def publish(self, version: int) -> float | None:
         """Hand version `version` to the engine; the canary's largest difference, in nats, where it ran.
 
         Raises `WorkerError` when the learner is at another version, when engine and learner disagree by more than the
-        tolerance, or when the engine agrees better with the weights before the step.
+        tolerance, or when the engine still computes with the weights before the step.
         """
         if self._folder is None:
             raise RuntimeError("WeightSync must be entered before it publishes")
@@ -76,15 +106,16 @@ class WeightSync:
         if published.version != version:
             raise WorkerError(f"weight sync failed: the learner published version {published.version}, not {version}")
         await self._engine.load_weights(folder, version, published.checksum or None)
-        is_due = self._is_due
+        is_due, is_other = self._is_due, published.checksum != self._checksum
+        self._checksum = published.checksum
         self._num_published += 1
-        return await self._check(version) if self._canary and is_due else None
+        return await self._check(version, is_other=is_other) if self._canary and is_due else None
 
     @property
     def _is_due(self) -> bool:
         return self._num_published % self._canary_every == 0
 
-    async def _check(self, version: int) -> float:
+    async def _check(self, version: int, *, is_other: bool) -> float:
         theirs = await self._engine.score(self._canary)
         ours = await self._learner.score(self._canary)
         difference = max(float(np.abs(a - b).max()) for a, b in zip(theirs, ours, strict=True))
@@ -95,26 +126,49 @@ class WeightSync:
                 f"and {difference:.3g} at most (allowed {self._tolerance:g} and {_WORST * self._tolerance:g}); the "
                 "engine does not hold the learner's weights, or computes too coarsely: see engine_config.dtype"
             )
-        self._check_is_new(version, theirs, ours)
+        before, self._before = self._before, None
+        if before is not None and self._disagreements:
+            self._check_is_nearer(version, theirs, ours, before)
+            if all(map(np.array_equal, theirs, before.theirs)):
+                if is_other:
+                    await self._count_unmoved(version, ours, before)
+                return difference  # it may not be that of equal weights
+        self._unmoved = _Unmoved()
+        self._disagreements.append(mean)
         return difference
 
-    def _check_is_new(self, version: int, theirs: Scores, ours: Scores) -> None:
-        """Refuse an engine that still samples from the weights before, where the step moved them visibly.
+    def _check_is_nearer(self, version: int, theirs: Scores, ours: Scores, before: _Before) -> None:
+        """Refuse an engine that is nearer to the weights before, where the step moved them visibly.
 
         A small step stays within any tolerance; but then a stale engine agrees with the old weights, not the new ones.
         """
-        disagreement = _distance(theirs, ours)
-        before, self._before = self._before, None
-        if self._noise is None or before is None:
-            self._noise = disagreement
-            return
-        moved, from_old = _distance(ours, before), _distance(theirs, before)
-        if moved > _CLEAR * self._noise and from_old < disagreement:
+        disagreement, from_old = _distance(theirs, ours), _distance(theirs, before.ours)
+        if _distance(ours, before.ours) > _CLEAR * max(self._disagreements) and from_old < disagreement:
             raise WorkerError(
                 f"weight sync failed: at version {version} the engine still holds the weights of the version before: "
                 f"it is {from_old:.3g} nats from those, and {disagreement:.3g} from the published ones"
             )
-        self._noise = max(self._noise, disagreement)
+
+    async def _count_unmoved(self, version: int, ours: Scores, before: _Before) -> None:
+        """Refuse an engine whose own scores stay equal to the last bit while the weights move.
+
+        One step may be too small for its rounding, so what it should have moved is added up until it does. An engine
+        that rounds to steps of `u` nats is off by `u / 4` on average, and a score that moves by `d` comes out otherwise
+        with probability `d / u`; the disagreement of equal weights bounds `u` from above.
+        """
+        assert self._folder is not None
+        step = max(_FINEST, 4 * max(self._disagreements))
+        moved = np.abs(np.concatenate(ours) - np.concatenate(before.ours))
+        new, old = (self._folder / f"slot{(self._num_published - back) % 2}" for back in (1, 2))
+        num_weights = self._unmoved.num_weights + await asyncio.to_thread(count_changes, old, new)
+        num_scores = self._unmoved.num_scores + float(np.minimum(1.0, moved / step).sum())
+        self._unmoved = _Unmoved(num_scores, num_weights)
+        if num_scores > _MANY_SCORES and num_weights > _MANY_WEIGHTS:
+            raise WorkerError(
+                f"weight sync failed: at version {version} the engine computes with weights of a version before: its "
+                f"log-probabilities are equal to the last bit, where about {num_scores:.0f} of them should have moved "
+                f"since they last did, with {num_weights} weights"
+            )
 
 
 def strain(mean: float, largest: float, tolerance: float) -> float:

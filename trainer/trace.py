@@ -9,10 +9,15 @@ Shape legend: `U` updates of a step, `P` parameters.
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_DAMAGE = (ValueError, KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises, `NotImplementedError` for a method of compression among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +48,19 @@ class StepTrace:
 
     @staticmethod
     def from_bytes(data: bytes) -> StepTrace:
-        """Inverse of `to_bytes`."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return StepTrace(
-                names=tuple(str(name) for name in arrays["names"]),
-                losses=arrays["losses"],
-                grad_norms=arrays["grad_norms"],
-                fingerprints=arrays["fingerprints"],
-                made_on=str(arrays["made_on"]),
-            )
+        """Inverse of `to_bytes`; raises `ValueError` on damaged bytes."""
+        try:
+            _check_sums(data)
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return StepTrace(
+                    names=tuple(str(name) for name in arrays["names"]),
+                    losses=arrays["losses"],
+                    grad_norms=arrays["grad_norms"],
+                    fingerprints=arrays["fingerprints"],
+                    made_on=str(arrays["made_on"]),
+                )
+        except _DAMAGE as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     def difference(self, other: StepTrace) -> str | None:
         """The first thing in which another trace differs, by name; None when they agree to the last bit."""
@@ -68,3 +77,16 @@ class StepTrace:
                 name = self.names[int(wrong[0])]
                 return f"the gradient of {name} in {where} differs, as do those of {len(wrong) - 1} others"
         return None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every gradient was zero, as where no advantage was: then equal gradients prove little."""
+        return not self.fingerprints.any()
+
+
+def _check_sums(data: bytes) -> None:
+    """Read everything once, so that no array is made of bytes that changed."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise ValueError(f"the checksum of {wrong} differs")

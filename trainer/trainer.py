@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,8 @@ from palaestra.errors import FULL, ConfigError, refuse_inside_a_loop, ungrouped
 from palaestra.records import write_whole
 from palaestra.resources import Resources
 from palaestra.trainer._interrupts import interrupts
-from palaestra.trainer._model_identity import identity_of
+from palaestra.trainer._model_identity import identity_of, place_of
+from palaestra.trainer._take_over import take_over
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
@@ -36,7 +37,7 @@ from palaestra.trainer.metrics import one_line
 from palaestra.trainer.resume import resume
 from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
 from palaestra.trainer.rows import is_trainable, objection_to
-from palaestra.trainer.run_rules import compare
+from palaestra.trainer.run_rules import as_recorded, check_allowed
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.stalls import ProcessPart, Stalls
 from palaestra.trainer.sync import WeightSync
@@ -84,6 +85,7 @@ class Trainer:
         self.run = Path(run) if run is not None else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
         self._on_step = on_step or (lambda record: print(one_line(record), flush=True))
         self._say = on_note or (lambda line: print(line, file=sys.stderr, flush=True))
+        check_allowed(allow)
         self._allow = frozenset(allow)
 
     def fit(self, suite: EnvSuite) -> FitResult:
@@ -120,7 +122,8 @@ class Trainer:
                 fit = Fit(parts, on_step=self._on_step)
                 with asked.finishing(fit.stop):
                     await fit.train()
-                await parts.learner.export(self.model_folder)
+                async with parts.stalls.wait("the run waits for the learner to export the model"):
+                    await parts.learner.export(self.model_folder)
                 mark_family(self.model_folder, family_of(self.model, self.config.family))
                 return FitResult(
                     version=parts.learner.version,
@@ -155,87 +158,89 @@ class Trainer:
         async with Resources() as own:
             # a model that cannot be talked to is refused before anything is written or started
             renderer = open_renderer(self.model, family=config.family)
-            meta = {"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed}
+            meta = as_recorded({"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed})
             ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
-            await self._take_over(ledger, meta)
+            await take_over(ledger, meta, config, allow=self._allow, say=partial(self._tell, ledger))
             self._write_config(suite)
-            learner, engine = await self._open_models(own, engine)
-            recorded = await ledger.meta()
-            checkpoints = Checkpoints(self.run / "checkpoints", run=recorded["run"], kept=config.num_checkpoints)
-            tell = partial(self._tell, ledger)
-            await resume(ledger, checkpoints, learner, config.learner, open_learner=self._open_learner, say=tell)
-            await ledger.use_config(config.model_dump(mode="json"))
-            await self._drop_unplayable(ledger, suite)
-            policy = EnginePolicy(engine, renderer, config.sampling)
-            buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
-            sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=await ledger.next_number())
-            rollouts = RolloutWorkers(
-                suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
-            )
-            with WeightSync(
-                learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
-            ) as sync:
-                await sync.publish(learner.version)
-                yield Parts(
-                    config=config,
-                    learner=learner,
-                    engine=engine,
-                    sync=sync,
-                    ledger=ledger,
-                    buffer=buffer,
-                    rollouts=rollouts,
-                    checkpoints=checkpoints,
-                    stalls=self._stalls(learner, engine, buffer, rollouts),
+            checkpoints = await self._checkpoints(ledger)
+            stalls = self._stalls()
+            async with stalls.watching(), stalls.wait("the run waits to be at its last step again"):
+                learner, engine = await self._open_models(own, ledger, checkpoints, engine, stalls)
+                await ledger.use_config(config.model_dump(mode="json"))
+                next_number = await ledger.next_number()
+            stalls.processes = [part for part in (learner, engine) if isinstance(part, ProcessPart)]
+            async with stalls.watching():
+                policy = EnginePolicy(engine, renderer, config.sampling)
+                buffer = ReplayBuffer(max_lag=config.max_lag, objection=partial(objection_to, config=config))
+                sampler = TaskSampler(suite.split("train"), seed=config.seed, next_number=next_number)
+                rollouts = RolloutWorkers(
+                    suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
                 )
+                stalls.facts = partial(self._facts, learner, buffer, rollouts)
+                with WeightSync(
+                    learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
+                ) as sync:
+                    async with stalls.wait("the run waits for the engine to take the first weights"):
+                        await sync.publish(learner.version)
+                    yield Parts(
+                        config=config,
+                        learner=learner,
+                        engine=engine,
+                        sync=sync,
+                        ledger=ledger,
+                        buffer=buffer,
+                        rollouts=rollouts,
+                        checkpoints=checkpoints,
+                        stalls=stalls,
+                    )
 
-    async def _take_over(self, ledger: Ledger, meta: Mapping[str, Any]) -> None:
-        """Compare what the run was with what is asked for now; raises `LedgerError` for what may not change."""
-        recorded, before = await ledger.meta(), await ledger.last_config()
-        lines = compare({key: recorded.get(key) for key in meta}, meta, allow=self._allow)
-        if before is not None:
-            lines += compare({"train": before}, {"train": self.config.model_dump(mode="json")}, allow=self._allow)
-        for key, value in meta.items():
-            if recorded.get(key) != value:
-                await ledger.amend_meta(key, value)
-        for line in lines:
-            await self._tell(ledger, line)
+    async def _checkpoints(self, ledger: Ledger) -> Checkpoints:
+        run = (await ledger.meta())["run"]
+        return Checkpoints(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
 
     async def _tell(self, ledger: Ledger, line: str) -> None:
         self._say(line)
         await ledger.note(line)
 
-    async def _drop_unplayable(self, ledger: Ledger, suite: EnvSuite) -> None:
-        """Groups in hand whose environment has left the suite are dropped by name."""
-        for group in await ledger.open_groups():
-            if group.task.env_id not in suite.weights:
-                await ledger.drop(group.number, "env_removed")
-
-    def _stalls(self, learner: Learner, engine: Engine, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> Stalls:
-        def facts() -> list[str]:
-            ready = f"{len(buffer)} of {self.config.groups_per_step} groups are ready"
-            running = f"{rollouts.num_generating} episodes are running"
-            return [
-                f"the learner holds version {learner.version}",
-                ready,
-                running,
-                *rollouts.describe()[:_SHOWN_EPISODES],
-            ]
-
+    def _stalls(self) -> Stalls:
         return Stalls(
             folder=self.run / "logs",
             report_s=self.config.stall_report_s,
-            facts=facts,
-            processes=[part for part in (learner, engine) if isinstance(part, ProcessPart)],
+            processes=(),
             say=self._say,
         )
+
+    def _facts(self, learner: Learner, buffer: ReplayBuffer, rollouts: RolloutWorkers) -> list[str]:
+        return [
+            f"the learner holds version {learner.version}",
+            f"{len(buffer)} of {self.config.groups_per_step} groups are ready",
+            f"{rollouts.num_generating} episodes are running",
+            *rollouts.describe()[:_SHOWN_EPISODES],
+        ]
 
     async def _open_learner(self, config: LearnerConfig) -> Learner:
         return await LocalLearner.start(self.model, config, log_path=self.run / "logs" / "learner.log")
 
-    async def _open_models(self, own: Resources, engine: Engine | None) -> tuple[Learner, Engine]:
+    async def _open_models(
+        self, own: Resources, ledger: Ledger, checkpoints: Checkpoints, engine: Engine | None, stalls: Stalls
+    ) -> tuple[Learner, Engine]:
         logs = self.run / "logs"
         config = self.config
-        start_learner = partial(self._open_learner, config.learner)
+
+        async def open_learner(settings: LearnerConfig) -> Learner:
+            learner = await self._open_learner(settings)
+            stalls.processes = [learner] if isinstance(learner, ProcessPart) else []
+            return learner
+
+        start_learner = partial(
+            resume,
+            ledger,
+            checkpoints,
+            config.learner,
+            save_every=config.save_every,
+            open_learner=open_learner,
+            say=partial(self._tell, ledger),
+        )
         start_engine = partial(
             open_engine,
             config.engine,
@@ -244,6 +249,8 @@ class Trainer:
             logs / "engine.log",
             version=BEFORE_FIRST_WEIGHTS,
         )
+        if await ledger.last_step():  # what is made again wants the memory, and fails before a minute of engine
+            await own.get("learner", start_learner)
         async with asyncio.TaskGroup() as tasks:
             learner = tasks.create_task(own.get("learner", start_learner))
             if engine is None:
@@ -267,7 +274,11 @@ class Trainer:
     def _write_config(self, suite: EnvSuite) -> None:
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            resolved = {"model": self.model, "suite": suite.describe(), "train": self.config.model_dump(mode="json")}
+            resolved = {
+                "model": place_of(self.model),
+                "suite": suite.describe(),
+                "train": self.config.model_dump(mode="json"),
+            }
             write_whole(self.run / "config.json", json.dumps(resolved, indent=2) + "\n")
         except OSError as error:
             if error.errno in FULL:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from palaestra.agents.engines._decoding import Batch, Drawn, Row
@@ -37,6 +38,9 @@ def build(setup: WorkerSetup) -> TransformersService:
         model = AutoModelForCausalLM.from_pretrained(setup.model_path, dtype=dtype).to(device).eval()
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {setup.model_path}: {one_line(error)}") from error
+    except SafetensorError:
+        stored_shapes(setup.model_path, is_tied=False)  # says which file it is
+        raise
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", setup.config.max_model_len)
     if setup.config.max_model_len > limit:
         raise ConfigError(f"max_model_len {setup.config.max_model_len} exceeds the model's {limit} positions")

@@ -52,15 +52,18 @@ def read_weights(
 def stored_shapes(model_path: str, *, is_tied: bool) -> Shapes:
     """Name and shape of each tensor that a model folder (or hub name, already fetched) stores.
 
-    Raises `ConfigError` when it has no safetensors.
+    Raises `ConfigError` when it has no safetensors, or by name for one that cannot be read.
     """
     folder = Path(model_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_path, local_files_only=True))
     shapes: Shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"cannot read weights {path}: {error}") from error
     if not shapes:
         raise ConfigError(f"{model_path} has no *.safetensors; save it with save_pretrained")
     if is_tied:

@@ -89,7 +89,8 @@ async def play_alone(run: Run, start: Path, folder: Path, engine: SharedEngine, 
         parts = await _parts(run, start, folder, engine, resources, ledger)
         marks = Marks()
         await marks.begin(0)
-        await Fit(parts, on_step=marks.set).train()
+        async with parts.stalls.watching():
+            await Fit(parts, on_step=marks.set).train()
         keep(folder, {"marks": marks.found, "steps": await ledger.steps()})
     finally:
         await ledger.aclose()
@@ -114,7 +115,7 @@ async def _parts(
     policy = EnginePolicy(engine, open_renderer(start), config.sampling)
     sampler = TaskSampler(suite, seed=config.seed)
     rollouts = RolloutWorkers(suite, policy, sampler, ledger, resources, plan, on_group=buffer.put)
-    quiet = Stalls(folder=folder / "logs", report_s=config.stall_report_s, facts=list, processes=(), say=print)
+    quiet = Stalls(folder=folder / "logs", report_s=config.stall_report_s, processes=(), say=print)
     return Parts(
         # without a learner `one-step` is one batch after another, which is what `num_batches` says already
         config=config.model_copy(update={"mode": "async"}),

@@ -8,6 +8,7 @@
     ├── SandboxError         our infrastructure below an environment: jail, container, browser, server
     ├── RewardError          a reward term raised or returned nothing
     ├── WorkerError          one of our own processes died, hung or answered with an exception
+    │   └── StepRefusedError     the learner would not make a step, and changed nothing
     └── LedgerError          the durable record of a run is damaged, locked or inconsistent
 
 The message says what happened, with which value, and what to do. All classes pickle.
@@ -55,6 +56,10 @@ class RewardError(PalaestraError):
 
 class WorkerError(PalaestraError):
     """A process of ours died, missed its deadline, or answered with an exception."""
+
+
+class StepRefusedError(WorkerError):
+    """A number in a batch is not finite; weights, optimiser and version are as they were."""
 
 
 class LedgerError(PalaestraError):

@@ -154,13 +154,16 @@ class WorkerProcess:
         """Where each thread of the child is, as it prints that into its log; a sentence where it does not answer."""
         if not self.is_alive:
             return f"{self.name} is not running"
-        size = self.log_path.stat().st_size
-        os.kill(self.pid, signal.SIGUSR1)
-        for _ in range(_STACK_POLLS):
-            await asyncio.sleep(_STACK_POLL_S)
-            text = _read_from(self.log_path, size)
-            if "most recent call first" in text:
-                return text
+        try:
+            size = self.log_path.stat().st_size
+            os.kill(self.pid, signal.SIGUSR1)
+            for _ in range(_STACK_POLLS):
+                await asyncio.sleep(_STACK_POLL_S)
+                text = _read_from(self.log_path, size)
+                if "most recent call first" in text:
+                    return text
+        except OSError as error:  # its log was removed, or it ended just now
+            return f"the stacks of {self.name} cannot be read: {error}"
         return f"{self.name} did not print its stacks within {_STACK_POLLS * _STACK_POLL_S:g} s"
 
     async def aclose(self, *, timeout_s: float = 5.0) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from palaestra.agents import ExpertPolicy, Policy, RandomPolicy, run_episode
+from palaestra.agents import Cutoff, ExpertPolicy, Policy, RandomPolicy, run_episode
 from palaestra.envs import DEFAULT_REWARD, Env
 from palaestra.errors import ConfigError, ContextFullError, PolicyError, WorkerError
 from palaestra.rewards import Reward, RewardStack, Success
@@ -158,3 +160,37 @@ async def test_no_error_of_an_end_escapes_or_changes_the_outcome(
 async def test_random_policy_is_a_function_of_its_seed() -> None:
     first, second = await play(RandomPolicy()), await play(RandomPolicy())
     assert first.messages == second.messages
+
+
+class _SlowToEnd(Echo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ending, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def end(self) -> None:
+        self.is_ending.set()
+        await self.may_end.wait()
+        await super().end()
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_an_episode_that_is_called_off_while_it_ends_is_ended_nevertheless(is_cut: bool) -> None:
+    """What an environment gives back in `end` is given back once it began to, by a cut as by a cancellation."""
+    env, cutoff, num_open = _SlowToEnd(), Cutoff(), Echo.num_open
+    task = env.make_task("test", 3)
+    playing = asyncio.create_task(run_episode(env, ExpertPolicy(), task, episode_id="e", seed=0, cutoff=cutoff))
+    await env.is_ending.wait()
+    if is_cut:
+        cutoff.cut("late")
+    else:
+        playing.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not playing.done()
+    env.may_end.set()
+    await asyncio.wait((playing,))
+    assert Echo.num_open == num_open
+    if is_cut:
+        assert playing.result().outcome is Outcome.CANCELLED
+    else:
+        assert playing.cancelled()

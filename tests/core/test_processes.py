@@ -367,3 +367,29 @@ def test_no_worker_outlives_a_killed_parent(service_path: Path) -> None:
         assert is_alive(pid)
         parent.kill()
     asyncio.run(until_gone(pid))
+
+
+async def test_stacks_are_those_of_the_child(service_path: Path) -> None:
+    async with await start(service_path) as worker:
+        assert "most recent call first" in await worker.stacks()
+
+
+async def test_stacks_of_a_log_that_was_removed_are_a_sentence(service_path: Path) -> None:
+    async with await start(service_path) as worker:
+        worker.log_path.unlink()
+        told = await worker.stacks()
+        assert told.startswith("the stacks of worker cannot be read: [Errno 2] No such file")
+        assert await worker.call("echo", 1, timeout_s=CALL_S) == 1
+
+
+async def test_stacks_of_a_child_that_ended_just_now_are_a_sentence(
+    service_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError(3, "No such process")
+
+    async with await start(service_path) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr("palaestra.processes.os.kill", gone)
+            told = await worker.stacks()
+    assert told == "the stacks of worker cannot be read: [Errno 3] No such process"

@@ -16,7 +16,7 @@ import pytest
 from palaestra.errors import LedgerError
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.learner import LearnerConfig
+from palaestra.trainer.learner import Learner, LearnerConfig
 from palaestra.trainer.ledger import FORMAT, Ledger
 from palaestra.trainer.resume import resume
 from tests.toys import ToyLearner
@@ -109,8 +109,8 @@ async def test_a_ledger_of_another_format_is_refused_and_left_as_it_is(
     assert (tmp_path / "ledger.sqlite").read_bytes() == before
 
 
-async def go_on(folder: Path) -> tuple[ToyLearner, list[str]]:
-    learner, told = ToyLearner(), list[str]()
+async def go_on(folder: Path) -> tuple[Learner, list[str]]:
+    told = list[str]()
 
     async def say(line: str) -> None:
         told.append(line)
@@ -121,7 +121,7 @@ async def go_on(folder: Path) -> tuple[ToyLearner, list[str]]:
     ledger = await Ledger.open(folder, meta={"seed": 0})
     try:
         checkpoints = Checkpoints(folder / "checkpoints", run=(await ledger.meta())["run"])
-        await resume(ledger, checkpoints, learner, LearnerConfig(), open_learner=open_learner, say=say)
+        learner = await resume(ledger, checkpoints, LearnerConfig(), save_every=10, open_learner=open_learner, say=say)
     finally:
         await ledger.aclose()
     return learner, told

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.conftest import require
 from tests.faults.jobs import Ended, Job, check_plays, check_whole, last_step
 
 _SIZE_MB = 16
+_HALF = 200 << 10
+"""Room for half a checkpoint."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -49,22 +52,21 @@ def _run(*command: str) -> str:
     return done.stderr.strip() if done.returncode else ""
 
 
-def fill(disk: Path) -> None:
-    """Leave not a block free."""
+def fill(disk: Path, *, left: int = 0) -> None:
+    """Leave so many bytes free and no more."""
     with (disk / "filler").open("wb", buffering=0) as file:
-        try:
+        with suppress(OSError):
             while True:
                 file.write(bytes(4096))
-        except OSError:
-            return
+        file.truncate(file.tell() - left)
 
 
-def run_into_full_disk(job: Job, disk: Path, gate: str) -> Ended:
+def run_into_full_disk(job: Job, disk: Path, gate: str, *, left: int) -> Ended:
     job.paths.gate.write_text(gate)
     job.paths.open.unlink(missing_ok=True)
     with job.start() as running:
         running.until_told(f"gate: {gate}")
-        fill(disk)
+        fill(disk, left=left)
         job.paths.open.touch()
         ended = running.wait()
     (disk / "filler").unlink()
@@ -74,17 +76,21 @@ def run_into_full_disk(job: Job, disk: Path, gate: str) -> Ended:
 
 def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(job: Job, disk: Path) -> None:
     reached = []
-    for gate in ("generate", "save", "export"):  # the ledger, a checkpoint, the model
-        ended = run_into_full_disk(job, disk, gate)
+    # the ledger, a checkpoint of which nothing or a half finds room, the model
+    for gate, left in (("generate", 0), ("save", 0), ("save", _HALF), ("export", 0)):
+        ended = run_into_full_disk(job, disk, gate, left=left)
         assert ended.code == 1, ended.text
+        assert list(job.run.glob("checkpoints/*.partial*")) == []
         line = ended.lines[-1]
         assert "free" in line
         assert "run the same command again" in line
         assert not any("Traceback" in each for each in ended.lines)
         reached.append(last_step(job.run))
     assert reached[0] <= 1
-    assert 1 <= reached[1] < 3
-    assert reached[2] == 3
+    assert 1 <= reached[1] <= reached[2] < 3
+    assert reached[3] == 3
+    assert sorted(path.name for path in job.run.glob("checkpoints/*"))[-1] == "version-00000003"
+    assert (job.run / "checkpoints/version-00000003/learner.pt").stat().st_size > 1.5 * _HALF
     ended = job.finish()
     assert ended.code == 0, ended.text
     check_whole(job.run, steps=3)

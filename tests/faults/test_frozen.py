@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -75,6 +77,7 @@ def test_what_does_not_thaw_ends_the_run_at_its_deadline_by_name(job: Job) -> No
     assert line.startswith("palaestra: transformers engine did not answer ")
     line = stop_at_deadline(job, "hang", step_timeout_s=6.0)
     assert line.startswith("palaestra: the learner waits for rollouts, and did so for 6 s: ")
+    assert re.search(r"\d+ groups were dropped since the last step \(\d+ late\); ", line)
     assert "episode " in line
     assert "stacks: " in line
     job.paths.hang.unlink()
@@ -83,3 +86,42 @@ def test_what_does_not_thaw_ends_the_run_at_its_deadline_by_name(job: Job) -> No
     assert ended.code == 0, ended.text
     check_plays(job.run)
     check_whole(job.run, steps=steps)
+
+
+def test_an_environment_that_always_hangs_ends_the_run_by_name(job: Job) -> None:
+    job.paths.hang.touch()
+    ended = job.finish(group_timeout_s=0.2)
+    assert ended.code == 1, ended.text
+    assert "64 of the last 64 episodes got no advantage (64 late)" in ended.lines[-1]
+    job.paths.hang.unlink()
+    ended = job.finish()
+    assert ended.code == 0, ended.text
+    check_whole(job.run, steps=3)
+    assert check_plays(job.run)["cancelled"] >= 64
+
+
+def test_the_first_and_the_last_phase_are_watched_too(job: Job) -> None:
+    job.paths.gate.write_text("export")
+    with job.start(stall_report_s=1.0, steps=2) as running:
+        running.until_told("the run waits for the learner to export the model for ")
+        job.paths.open.touch()
+        assert running.wait().code == 0
+    job.paths.open.unlink()
+    shutil.rmtree(job.run / "checkpoints")
+    job.paths.gate.write_text("step")
+    with job.start(stall_report_s=1.0) as running:
+        running.until_told("the run waits to be at its last step again for ")
+        running.until_told("gate: step")
+        assert not any("_transformers_worker" in " ".join(each.cmdline()) for each in running.family())
+        running.send(signal.SIGTERM)
+        assert running.wait().code == 130
+    job.paths.gate.write_text("publish")
+    with job.start(stall_report_s=1.0) as running:
+        running.until_told("the run waits for the engine to take the first weights for ")
+        running.find(ENGINE).kill()  # nobody calls it now
+        ended = running.wait()
+    assert ended.code == 1
+    assert ended.lines[-1].startswith("palaestra: transformers engine was killed by SIGKILL")
+    reports = {path.name for path in (job.run / "logs").glob("stall-[0-9]*.txt")}
+    assert len(reports) >= 2
+    assert reports == {f"stall-{count + 1}.txt" for count in range(len(reports))}, "of both lives"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +96,36 @@ async def test_half_written_checkpoint_is_no_checkpoint_and_goes_with_the_next_s
     assert said.lines == []
     await save(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"version-00000001", "version-00000002"}
+
+
+async def test_copies_that_somebody_made_are_left_alone(tmp_path: Path) -> None:
+    checkpoints = await save(tmp_path, 1)
+    for name in ("version-00000004-copy", "version-", "version-new", "version-00000001.damaged-1"):
+        (tmp_path / name).mkdir()
+    said = Said()
+    assert checkpoints.latest == 1
+    assert await checkpoints.newest(9, on_damage=said) == checkpoints.find(9) == tmp_path / "version-00000001"
+    assert said.lines == []
+    await save(tmp_path, 2, 3)
+    assert (tmp_path / "version-00000004-copy").is_dir()
+    assert (tmp_path / "version-new").is_dir()
+
+
+async def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def watched_rename(path: Path, target: Path) -> Path:
+        synced.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    await save(tmp_path / "run" / "checkpoints", 1)
+    assert synced == ["manifest.json", "version-00000001.partial", "renamed", "checkpoints", "run"]

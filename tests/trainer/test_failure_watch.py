@@ -56,11 +56,12 @@ def test_timeouts_are_no_failures_of_ours_but_too_many_leave_no_fair_sample() ->
         show(seen, Outcome.TIMEOUT, 1)
 
 
-def test_episodes_that_were_cut_are_not_counted() -> None:
-    seen = watch(failed=0.0, invalid=0.0)
-    show(seen, Outcome.SCORED, WINDOW)
-    show(seen, Outcome.CANCELLED, 10 * WINDOW)
-    show(seen, Outcome.TRUNCATED, 1)
+def test_episodes_that_were_late_are_no_failures_of_ours_but_got_no_advantage() -> None:
+    seen = watch(failed=0.0)
+    show(seen, Outcome.SCORED, 4)
+    show(seen, Outcome.CANCELLED, 4)
+    with pytest.raises(WorkerError, match=r"5 of the last 8 episodes got no advantage \(5 late\)"):
+        show(seen, Outcome.CANCELLED, 1)
 
 
 def test_a_rate_of_one_never_stops() -> None:

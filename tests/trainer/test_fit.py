@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palaestra.agents import EnginePolicy, Sampling
+from palaestra.agents import Completion, EnginePolicy, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
 from palaestra.errors import PalaestraError, WorkerError, leaves
@@ -57,12 +58,13 @@ class Run:
         self.learner = ToyLearner()
         self.records: list[StepRecord] = []
         self.notes: list[str] = []
+        self.stop_after: int | None = None
 
     async def note(self, line: str) -> None:
         self.notes.append(line)
 
     async def open_learner(self, config: LearnerConfig) -> ToyLearner:
-        return ToyLearner()
+        return self.learner
 
     def choose(self, prompt: Sequence[int], seed: int) -> list[int]:
         tools = self.suite.make("test/Echo-v0").tools
@@ -80,8 +82,8 @@ class Run:
             await resume(
                 self.ledger,
                 checkpoints,
-                self.learner,
                 config.learner,
+                save_every=config.save_every,
                 open_learner=self.open_learner,
                 say=self.note,
             )
@@ -105,6 +107,14 @@ class Run:
             )
             sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
             await sync.publish(self.learner.version)
+            self.stalls = Stalls(
+                folder=self.folder / "logs",
+                report_s=config.stall_report_s,
+                processes=[],
+                say=self.notes.append,
+                facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
+            )
+            await stack.enter_async_context(self.stalls.watching())
             parts = Parts(
                 config=config,
                 learner=self.learner,
@@ -114,15 +124,16 @@ class Run:
                 buffer=self.buffer,
                 rollouts=rollouts,
                 checkpoints=checkpoints,
-                stalls=Stalls(
-                    folder=self.folder / "logs",
-                    report_s=config.stall_report_s,
-                    facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
-                    processes=[],
-                    say=self.notes.append,
-                ),
+                stalls=self.stalls,
             )
-            yield Fit(parts, on_step=self.records.append)
+            fit = Fit(parts, on_step=self.see)
+            self.stop = fit.stop
+            yield fit
+
+    def see(self, record: StepRecord) -> None:
+        self.records.append(record)
+        if record.step == self.stop_after:
+            self.stop()
 
     async def train(self) -> None:
         async with asyncio.timeout(30), self.open() as fit:
@@ -256,31 +267,132 @@ async def test_a_wait_without_end_is_a_named_stall(tmp_path: Path, tokenizer: Pa
     assert Echo.num_open == num_open, "cancelled episodes are ended too"
 
 
+async def test_a_run_that_drops_all_its_groups_says_so_at_its_end(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(step_timeout_s=0.5, drop_zero_variance=True))
+    run.engine.choose = lambda prompt, seed: run.choose(prompt, 0)
+    with pytest.raises(ExceptionGroup) as caught:
+        await run.train()
+    messages = [str(error) for error in leaves(caught.value) if isinstance(error, WorkerError)]
+    found = re.search(r"(\d+) groups were dropped since the last step \((\d+) zero_variance\); ", messages[0])
+    assert found is not None, messages
+    assert found[1] == found[2]
+    async with run.open():
+        dropped = (await run.ledger.balance()).dropped
+    assert dropped["zero_variance"] in (int(found[1]), int(found[1]) + 1), "the last one may have been under way"
+
+
+class _Holding(ToyEngine):
+    """Answers the first `num_answers` requests, and holds the others."""
+
+    num_answers = 1 << 30
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
+    ) -> Completion:
+        self.num_answers -= 1
+        if self.num_answers < 0:
+            await asyncio.Event().wait()
+        return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
+
+
+async def test_a_stop_in_one_step_mode_waits_for_no_rollouts(tmp_path: Path, tokenizer: Path) -> None:
+    """Two batches of 8 episodes with two answers each: the second is held after 3 of its episodes."""
+    first = Run(tmp_path, tokenizer, config(mode="one-step", concurrency=1))
+    first.engine = engine = _Holding(first.choose)
+    engine.num_answers = 16 + 6
+    async with asyncio.timeout(30), first.open() as fit, asyncio.TaskGroup() as tasks:
+        training = tasks.create_task(fit.train())
+        while not any("the batch being played" in wait.text for wait in first.stalls._waits):
+            await asyncio.sleep(0)
+        fit.stop()
+        await training
+        assert await first.ledger.last_step() == 1
+        assert (await first.ledger.balance()).episodes_ended == 8 + 3
+    assert first.engine.loaded == [0], "no swap in the middle of an episode"
+    assert (tmp_path / "checkpoints" / "version-00000001").is_dir()
+    second = Run(tmp_path, tokenizer, config(mode="one-step"))
+    await second.train()
+    assert [record.step for record in second.records] == [2, 3, 4, 5, 6]
+    assert [record.lag_max for record in second.records] == [1] * 5
+    assert [record.num_versions for record in second.records] == [2, 1, 1, 1, 1], "the batch under way has both"
+
+
+async def test_no_wait_of_the_loop_is_without_a_name(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(steps=2, save_every=1))
+    called: set[str] = set()
+    unnamed: list[str] = []
+
+    def watch(owner: object, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, _watched(getattr(owner, name), name))
+
+    def _watched(method: Callable[..., Awaitable[object]], name: str) -> Callable[..., Awaitable[object]]:
+        async def call(*args: object) -> object:
+            called.add(name)
+            if not run.stalls._waits:
+                unnamed.append(name)
+            return await method(*args)
+
+        return call
+
+    async with run.open() as fit:
+        watch(run.engine, "stats", "score", "load_weights")
+        watch(run.learner, "step", "publish", "save")
+        watch(run.ledger, "train", "amend", "balance", "steps")
+        await fit.train()
+    assert len(called) == 10
+    assert unnamed == []
+
+
 async def test_stopped_run_goes_on_and_trains_every_group_once(tmp_path: Path, tokenizer: Path) -> None:
     first = Run(tmp_path, tokenizer, config())
+    first.stop_after = 2
     num_open = Echo.num_open
-    async with first.open() as fit:
-        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
-            training = tasks.create_task(fit.train())
-            while not first.records:
-                await asyncio.sleep(0)
-            fit.stop()
-        assert training.done()
-        reached = first.learner.version
-        before = await first.ledger.balance()
-    assert 1 <= reached < 6
+    await first.train()
     assert Echo.num_open == num_open, "episodes under way are ended"
+    assert [record.step for record in first.records] == [1, 2]
+    before = read_plays(tmp_path)
     second = Run(tmp_path, tokenizer, config())
     await second.train()
-    assert second.learner.version == 6
-    assert [record.step for record in second.records] == list(range(reached + 1, 7))
+    assert second.notes == [], "the checkpoint is of the last step: none is made again"
+    assert [record.step for record in second.records] == [3, 4, 5, 6]
+
     async with second.open():
-        numbers = [number for number, _ in await second.ledger.finished()]
         balance = await second.ledger.balance()
-    assert before.trained == 2 * reached
-    assert balance.trained == 12
-    assert balance.issued == 12 + sum(balance.dropped.values()) + balance.in_hand
-    assert len(numbers) <= balance.in_hand
+        steps = [await second.ledger.load_step(step) for step in range(1, 7)]
+        waiting = [number for number, _ in await second.ledger.finished()]
+        waiting += [group.number for group in await second.ledger.open_groups()]
+    trained = [number for step in steps for number, _ in step.groups]
+    assert [len(step.groups) for step in steps] == [2] * 6
+    assert len(set(trained)) == 12
+    assert balance.dropped == {}
+    assert sorted(trained + waiting) == list(range(balance.issued)), "each group is in one place"
+    for step, batch in zip(steps, first.learner.batches + second.learner.batches, strict=True):
+        played = [episode.trajectory for _, group in step.groups for episode in group.episodes]
+        assert [row.trajectory for row in batch] == played, "what was learned is what is on record"
+    after = read_plays(tmp_path)
+    assert {key: after[key] for key in before} == before, "what was played in the first life stands"
+    assert set(after) >= {(number, position) for number in trained for position in range(4)}
+
+
+def read_plays(folder: Path) -> dict[tuple[int, int], tuple[str, bytes]]:
+    """Every episode that ended: its record and tokens."""
+    with closing(sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
+        rows = connection.execute("SELECT number, position, record, trajectory FROM plays").fetchall()
+    return {(number, position): (record, blob) for number, position, record, blob in rows}
+
+
+async def test_the_engines_seconds_are_those_of_all_lives(tmp_path: Path, tokenizer: Path) -> None:
+    first, second = (Run(tmp_path, tokenizer, config(steps=steps)) for steps in (2, 6))
+    first.engine._requests = 5000  # of an owner who used it before
+    await first.train()
+    await second.train()
+    totals = [record.engine_busy_s for record in first.records + second.records]
+    assert totals == sorted(totals)
+    assert 0 < totals[0] <= totals[1] < totals[-1]
+    assert totals[1] <= (await first.engine.stats()).busy_s - 5.0
+    assert totals[-1] - totals[1] <= (await second.engine.stats()).busy_s
+    assert all(record.use_engine >= 0 for record in first.records + second.records)
 
 
 async def test_episodes_hold_exactly_what_the_engine_sampled(tmp_path: Path, tokenizer: Path) -> None:

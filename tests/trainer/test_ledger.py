@@ -52,6 +52,12 @@ async def open_ledger(folder: Path) -> Ledger:
     return ledger
 
 
+def is_closed(folder: Path) -> bool:
+    """Whether this process holds none of the folder's files open."""
+    held = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return not any(path.is_relative_to(folder) for path in held)
+
+
 async def play(ledger: Ledger, number: int, *, version: int = 0) -> None:
     """End the only episode of an issued group, and so the group."""
     await ledger.end(number, 0, make_group(number, version=version).episodes[0])
@@ -184,6 +190,7 @@ async def test_a_ledger_that_does_not_add_up_is_refused(tmp_path: Path, sabotage
     connection.close()
     with pytest.raises(LedgerError, match=f"does not add up: {complaint}"):
         await open_ledger(tmp_path)
+    assert is_closed(tmp_path)
 
 
 async def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
@@ -251,6 +258,7 @@ async def test_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database, and long enough to be looked at" * 100)
     with pytest.raises(LedgerError, match="damaged"):
         await open_ledger(tmp_path)
+    assert is_closed(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b"])

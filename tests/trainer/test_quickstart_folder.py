@@ -9,6 +9,8 @@ import pytest
 from palaestra.agents import ExpertPolicy, evaluate
 from palaestra.envs import EnvSuite
 from palaestra.errors import ConfigError
+from palaestra.trainer.progress import SilentDisplay
+from palaestra.trainer.quickstart import QuickstartConfig, run_quickstart
 from palaestra.trainer.quickstart._folder import RunFolder
 from tests.toys import register_echo
 
@@ -46,3 +48,20 @@ def test_evaluation_is_read_back_as_it_was(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.keep_evaluation("expert", report)
     assert folder.load_evaluation("expert", report.policy) == report
+
+
+async def test_a_given_model_is_kept_so_that_it_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Prepared(Exception):
+        """What comes afterwards is no matter here."""
+
+    def prepare(folder: RunFolder, values: dict[str, object]) -> None:
+        raise Prepared(values["model"])
+
+    monkeypatch.setattr(RunFolder, "prepare", prepare)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    for given, kept in (("small", str(tmp_path / "small")), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
+        with pytest.raises(Prepared, match=f"^{kept}$"):
+            await run_quickstart(QuickstartConfig(model=given), tmp_path / "run", SilentDisplay())

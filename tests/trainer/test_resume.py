@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from palaestra.errors import ConfigError, LedgerError
+from palaestra.errors import ConfigError, StepRefusedError, WorkerError
+from palaestra.resources import Resources
+from palaestra.trainer import Trainer
 from palaestra.trainer._learner_worker import LearnerService
 from palaestra.trainer._policy_model import PolicyModel
 from palaestra.trainer.batch import TrainRow
@@ -19,11 +24,11 @@ from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import LearnerConfig, Published, StepReport
 from palaestra.trainer.ledger import Ledger
-from palaestra.trainer.replay import replay
 from palaestra.trainer.resume import resume
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from palaestra.types import Episode, Group, Outcome, Trajectory
+from tests.toys import ToyEngine
 from tests.trainer.test_ledger import make_task
 
 LEARNER = LearnerConfig(learning_rate=1e-2, device="cpu", num_minibatches=2)
@@ -70,6 +75,12 @@ class NearLearner:
 
     async def aclose(self) -> None:
         self.is_closed = True
+
+    async def watch(self) -> NoReturn:
+        raise AssertionError("no process, no end")
+
+    async def stacks(self) -> str:
+        return "here"
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.service._state()["parameters"].items()}
@@ -147,17 +158,21 @@ class History:
         self.lines.append(line)
 
     async def open_learner(self, settings: LearnerConfig) -> NearLearner:
+        assert all(learner.is_closed for learner in self.opened), "memory holds no second one"
         self.opened.append(NearLearner(self.model, settings))
         return self.opened[-1]
 
-    async def resume(self, settings: LearnerConfig = LEARNER) -> NearLearner:
-        learner = NearLearner(self.model, settings)
+    async def resume(self, settings: LearnerConfig = LEARNER, *, save_every: int = 100) -> NearLearner:
         ledger, checkpoints = await self.open()
         try:
-            await resume(ledger, checkpoints, learner, settings, open_learner=self.open_learner, say=self.say)
+            learner = await resume(
+                ledger, checkpoints, settings, save_every=save_every, open_learner=self.open_learner, say=self.say
+            )
             assert (await ledger.balance()).trained == 2 * learner.version
         finally:
             await ledger.aclose()
+        assert isinstance(learner, NearLearner)
+        assert [each for each in self.opened if not each.is_closed] == [learner]
         return learner
 
 
@@ -183,6 +198,7 @@ async def test_steps_after_the_checkpoint_are_made_again_to_the_last_bit(tmp_pat
     assert_same(await history.resume(), unbroken)
     assert history.lines == ["making steps 5 to 6 again from the ledger, on checkpoint version-00000004"]
     history.lines.clear()
+    history.opened.clear()
     assert_same(await history.resume(), unbroken)
     assert history.lines == [], "they were saved then"
 
@@ -240,7 +256,7 @@ async def test_steps_are_made_again_with_the_settings_that_made_them(tmp_path: P
     await faster.load(tmp_path / "hand-over")
     await history.make(range(4, 7), saved=(), learner=faster, settings=FASTER)
     assert_same(await history.resume(FASTER), faster)
-    assert [learner.is_closed for learner in history.opened] == [True]
+    assert [learner.is_closed for learner in history.opened] == [True, False]
 
 
 async def test_steps_are_made_again_with_what_the_machine_has_now(tmp_path: Path, model: Path) -> None:
@@ -248,63 +264,129 @@ async def test_steps_are_made_again_with_what_the_machine_has_now(tmp_path: Path
     elsewhere = LEARNER.model_copy(update={"device": "gpu", "call_timeout_s": 5.0})
     await history.make(range(1, 4), saved=(1,), learner=unbroken, settings=elsewhere)
     assert_same(await history.resume(), unbroken)
-    assert history.opened == [], "no second learner, and none that asks for a GPU"
+    assert len(history.opened) == 1, "no second learner, and none that asks for a GPU"
 
 
 async def test_a_step_that_comes_out_otherwise_is_told(tmp_path: Path, model: Path) -> None:
     history, _ = await make_history(tmp_path, model)
-    other = NearLearner(model)
-    other.service._parameters["model.embed_tokens.weight"].data[0, 0] += 1.0
+
+    async def open_other(settings: LearnerConfig) -> NearLearner:
+        other = NearLearner(model, settings)
+        other.service._parameters["model.embed_tokens.weight"].data[0, 0] += 1.0
+        return other
+
     ledger, _ = await history.open()
-    await resume(
-        ledger,
-        Checkpoints(tmp_path / "none"),
-        other,
-        LEARNER,
-        open_learner=history.open_learner,
-        say=history.say,
-    )
+    none = Checkpoints(tmp_path / "none" / "checkpoints")
+    await resume(ledger, none, LEARNER, save_every=100, open_learner=open_other, say=history.say)
     await ledger.aclose()
     assert any(line.startswith("step 1 came out otherwise (the loss of update 1 of 2") for line in history.lines)
     assert sum("came out otherwise" in line for line in history.lines) == 6
 
 
-@pytest.mark.slow
-async def test_a_replay_is_equal_or_names_what_differs(tmp_path: Path, model: Path) -> None:
-    from palaestra.trainer._model_identity import identity_of
+class Killed(Exception):
+    """Stands for a kill: nothing is said or saved after it."""
 
-    run = tmp_path / "run"
-    history, _ = await make_history(run, model)
-    ledger, _ = await history.open()
-    await ledger.amend_meta("model", identity_of(str(model)))
+
+class MortalLearner(NearLearner):
+    """Fails before it makes a step a second time."""
+
+    fails_at = 0
+    failure: Exception = Killed()
+
+    async def step(self, rows: Sequence[TrainRow]) -> StepReport:
+        if self.version + 1 == self.fails_at:
+            raise self.failure
+        return await super().step(rows)
+
+
+async def test_a_second_kill_while_steps_are_made_again_costs_no_more_than_the_first(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, unbroken = await make_history(tmp_path, model, saved=())
+    mortal = MortalLearner(model)
+    mortal.fails_at = 6
+
+    async def open_mortal(settings: LearnerConfig) -> NearLearner:
+        return mortal
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "open_learner", open_mortal)
+        with pytest.raises(Killed):
+            await history.resume(save_every=2)
+        assert mortal.is_closed
+        mortal.failure = StepRefusedError("step refused at version 5, weights unchanged: the loss is nan")
+        with pytest.raises(WorkerError, match=r"step 6 is on record, and now the learner refuses it \(step .* nan\)"):
+            await history.resume(save_every=2)
+    history.lines.clear()
+    assert_same(await history.resume(save_every=2), unbroken)
+    assert history.lines == ["making steps 5 to 6 again from the ledger, on checkpoint version-00000004"]
+
+
+@pytest.mark.parametrize("content", ["not a checkpoint", "something else"])
+async def test_a_checkpoint_that_is_whole_and_does_not_load_falls_back_too(
+    tmp_path: Path, model: Path, content: str
+) -> None:
+    history, unbroken = await make_history(tmp_path, model)
+    ledger, checkpoints = await history.open()
     await ledger.aclose()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = await replay(run, 6, model=str(model), say=history.lines.append)
-    assert found.is_equal
-    assert (found.step, found.start) == (6, 4)
-    assert "bit for bit" in found.describe()
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path in before} == before
-    await _spoil_trace(run)
-    found = await replay(run, 6, model=str(model), say=history.lines.append)
-    assert not found.is_equal
-    assert "step 6 DIFFERS: the gradient of model.embed_tokens.weight in update 1 of 2 differs" in found.describe()
-    with pytest.raises(LedgerError, match="no step 7"):
-        await replay(run, 7, model=str(model), say=history.lines.append)
-    with pytest.raises(ConfigError, match="say where that is with --model"):
-        await replay(run, 6, model="other/model", say=history.lines.append)
+    state, named = tmp_path / "checkpoints" / "version-00000004" / "learner.pt", tmp_path / "state"
+    named.mkdir()
+    (named / "learner.pt").write_bytes(content.encode())
+    if content == "something else":
+        torch.save({"version": 4}, named / "learner.pt")
+    shutil.rmtree(state.parent)
+    checkpoints._seal(named, state.parent, 4)
+    assert_same(await history.resume(), unbroken)
+    assert history.lines[0].startswith("checkpoint version-00000004 cannot be used (learner checkpoint ")
+    assert "learner.pt is damaged: " in history.lines[0]
+    assert "making steps 3 to 6 again from the ledger, on checkpoint version-00000002" in history.lines[1]
 
 
-async def _spoil_trace(run: Path) -> None:
-    import sqlite3
-    from dataclasses import replace
+async def test_a_damaged_trace_is_told_and_its_step_is_made_again(tmp_path: Path, model: Path) -> None:
+    history, unbroken = await make_history(tmp_path, model)
+    change_ledger(tmp_path, "UPDATE steps SET trace = substr(trace, 1, 500) WHERE step = 5")
+    assert_same(await history.resume(), unbroken)
+    assert history.lines[1:] == [
+        "step 5 was made again, and cannot be compared: its trace is damaged (BadZipFile: File is not a zip file)"
+    ]
 
-    from palaestra.trainer.trace import StepTrace
 
-    with sqlite3.connect(run / "ledger.sqlite") as connection:
-        (blob,) = connection.execute("SELECT trace FROM steps WHERE step = 6").fetchone()
-        trace = StepTrace.from_bytes(blob)
-        prints = trace.fingerprints.copy()
-        prints[0, 0, 0] ^= 1
-        spoiled = replace(trace, fingerprints=prints).to_bytes()
-        connection.execute("UPDATE steps SET trace = ? WHERE step = 6", (spoiled,))
-    connection.close()
+async def test_a_configuration_of_old_that_no_longer_parses_is_named_with_its_step(tmp_path: Path, model: Path) -> None:
+    history, _ = await make_history(tmp_path, model)
+    change_ledger(tmp_path, "UPDATE configs SET value = json_insert(value, '$.learner.gone', 1)")
+    with pytest.raises(ConfigError, match=r"configuration on record of step 5: unknown key 'gone'"):
+        await history.resume()
+    change_ledger(tmp_path, "UPDATE configs SET value = json_remove(value, '$.learner.gone')")
+    change_ledger(tmp_path, "UPDATE configs SET value = json_insert(value, '$.gone', 1)")
+    with pytest.raises(ConfigError, match=r"configuration on record of step 5: unknown key 'gone'"):
+        await history.resume()
+    assert all(learner.is_closed for learner in history.opened)
+
+
+async def test_an_engine_starts_once_the_steps_were_made_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, _ = await make_history(tmp_path, model)
+    trainer = Trainer(model, config(), run=tmp_path)
+    seen: list[int] = []
+
+    async def open_engine(*args: object, **kwargs: object) -> ToyEngine:
+        seen.append(history.opened[-1].version)
+        return ToyEngine(lambda prompt, seed: [0])
+
+    monkeypatch.setattr("palaestra.trainer.trainer.open_engine", open_engine)
+    monkeypatch.setattr(trainer, "_open_learner", history.open_learner)
+    ledger, checkpoints = await history.open()
+    async with Resources() as own:
+        stalls = trainer._stalls()
+        learner, _ = await trainer._open_models(own, ledger, checkpoints, None, stalls)
+        assert (learner.version, seen) == (6, [6])
+        assert list(map(id, stalls.processes)) == [id(learner)], "a report has its stacks"
+        assert history.opened == [learner]
+    assert history.opened[0].is_closed
+    await ledger.aclose()
+
+
+def change_ledger(run: Path, statement: str) -> None:
+    with closing(sqlite3.connect(run / "ledger.sqlite")) as connection, connection:
+        connection.execute(statement)

@@ -12,6 +12,7 @@ import pytest
 from palaestra.agents import Completion, EnginePolicy, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
+from palaestra.errors import WorkerError, leaves
 from palaestra.resources import Resources
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.ledger import Ledger
@@ -41,14 +42,14 @@ class _Holding(ToyEngine):
     def __init__(self, choose: Chooser, *, num_quick: int) -> None:
         super().__init__(choose)
         self.version = 0
-        self._num_left = num_quick
+        self.num_left = num_quick
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
     ) -> Completion:
         if _has_spoken(prompt):
-            self._num_left -= 1
-            if self._num_left < 0:
+            self.num_left -= 1
+            if self.num_left < 0:
                 await asyncio.Event().wait()
         return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
 
@@ -86,8 +87,8 @@ class Play:
             is_valid=lambda outcome: is_trainable(outcome, config),
             num_spare=config.num_spare,
         )
-        engine = _Holding(self.choose, num_quick=self.num_quick)
-        policy = EnginePolicy(engine, self.renderer, Sampling(max_tokens=16))
+        self.engine = _Holding(self.choose, num_quick=self.num_quick)
+        policy = EnginePolicy(self.engine, self.renderer, Sampling(max_tokens=16))
         async with Resources() as resources:
             sampler = TaskSampler(self.suite, seed=0)
             workers = RolloutWorkers(self.suite, policy, sampler, ledger, resources, plan, on_group=self.put)
@@ -111,6 +112,18 @@ class Play:
             assert recorded == number
         assert Echo.num_open == num_open, "what was cut is closed too"
         return group, list(same.episodes)
+
+    async def many(self, count: int) -> list[str]:
+        """The outcomes of `count` groups, one after another."""
+        played: list[str] = []
+        async with asyncio.timeout(30), self.open() as (workers, _), asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(workers.run())
+            for _ in range(count):
+                played += outcomes((await self.groups.get())[1])
+                self.engine.num_left = self.num_quick
+                await workers.release(1)
+            running.cancel()
+        return played
 
 
 def config(**changes: object) -> GRPOConfig:
@@ -160,3 +173,19 @@ async def test_episodes_that_wait_for_their_turn_when_the_group_is_cut_never_beg
     assert outcomes(group) == ["cancelled"] * 3
     assert sorted(len(episode.turns) for episode in group.episodes) == [0, 0, 1]
     assert objection_to(group, settings) == "late"
+
+
+async def test_an_environment_that_always_hangs_ends_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config(group_timeout_s=0.02)
+    with pytest.raises(ExceptionGroup) as caught:
+        await Play(tmp_path, tokenizer, settings, num_quick=0).many(20)
+    errors = [error for error in leaves(caught.value) if isinstance(error, WorkerError)]
+    assert "64 of the last 64 episodes got no advantage (64 late)" in str(errors[0])
+    assert "group_timeout_s" in str(errors[0]), "what to raise"
+
+
+async def test_spares_that_are_cut_never_end_the_run(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config(num_spare=7, concurrency=16)
+    played = await Play(tmp_path, tokenizer, settings, num_quick=3).many(40)
+    assert played.count("scored") == 120
+    assert played.count("cancelled") == 280, "most of those of the last 64"

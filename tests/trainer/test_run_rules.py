@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from palaestra.errors import LedgerError
+from palaestra.errors import ConfigError, LedgerError
+from palaestra.trainer import Trainer
 from palaestra.trainer.config import GRPOConfig
-from palaestra.trainer.run_rules import compare, rule_of
+from palaestra.trainer.run_rules import as_recorded, check_allowed, compare, rule_of
 
-SUITE = {"suite": {"weights": {"a/A-v0": 1.0}, "form": "full"}}
-WIDER = {"suite": {"weights": {"a/A-v0": 1.0, "b/B-v0": 2.0}, "form": "full"}}
+SUITE: dict[str, Any] = {"suite": {"weights": {"a/A-v0": 1.0}, "form": "full"}}
+WIDER: dict[str, Any] = {"suite": {"weights": {"a/A-v0": 1.0, "b/B-v0": 2.0}, "form": "full"}}
 
 
 def settings(**changes: object) -> dict[str, object]:
@@ -59,3 +63,28 @@ def test_the_same_says_nothing_and_unknown_keys_are_free() -> None:
     assert compare({**SUITE, **settings()}, {**SUITE, **settings()}, allow=()) == []
     assert rule_of("train.some.later.key") == "free"
     assert compare({"train": {"gone": 1}}, {"train": {}}, allow=()) == ["train.gone changed from 1 to None"]
+
+
+def test_the_order_of_weights_is_a_change_for_the_sampler_draws_by_it() -> None:
+    turned = {"suite": {"weights": dict(reversed(WIDER["suite"]["weights"].items())), "form": "full"}}
+    with pytest.raises(LedgerError, match=r"with suite\.weights in this order = \['a/A-v0', 'b/B-v0'\], not .*--allow"):
+        compare(WIDER, turned, allow=())
+    assert len(compare(WIDER, turned, allow=("suite",))) == 1
+    assert compare({"suite": {"options": {"a": 1, "b": 2}}}, {"suite": {"options": {"b": 2, "a": 1}}}, allow=()) == []
+
+
+def test_a_tuple_is_the_list_that_the_ledger_gives_back() -> None:
+    recorded = {"suite": {"options": {"a/A-v0": {"sizes": [1, 2]}}}}
+    wanted = {"suite": {"options": {"a/A-v0": {"sizes": (1, 2)}}}}
+    assert compare(recorded, wanted, allow=()) == []
+    with pytest.raises(ConfigError, match=r"keeps its suite as JSON.*Object of type set"):
+        as_recorded({"suite": {"options": {"a/A-v0": {"sizes": {1, 2}}}}})
+
+
+def test_what_cannot_be_allowed_is_named_before_anything_is_opened(tmp_path: Path) -> None:
+    check_allowed(("suite",))
+    with pytest.raises(ConfigError, match="allow names 'suit', which no rule asks for; did you mean 'suite'"):
+        Trainer("model", run=tmp_path / "run", allow=("suite", "suit"))
+    with pytest.raises(ConfigError, match=r"allow names 'seed', .*; valid: suite"):
+        check_allowed(("seed",))
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from palaestra.errors import WorkerError
+from palaestra.errors import WorkerError, leaves
 from palaestra.trainer.stalls import Stalls, await_chain, describe_tasks
 
 
@@ -95,8 +95,9 @@ def make_stalls(folder: Path, told: list[str], *, report_s: float = 1000.0, proc
 
 async def test_a_process_that_ends_while_nobody_calls_it_is_told_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as caught:
-        await make_stalls(tmp_path, [], process=Ended()).watch()
-    assert [str(error) for error in caught.value.exceptions] == ["the learner was killed by SIGKILL"]
+        async with make_stalls(tmp_path, [], process=Ended()).watching():
+            await asyncio.Event().wait()
+    assert [str(error) for error in leaves(caught.value)] == ["the learner was killed by SIGKILL"]
 
 
 async def test_a_wait_past_its_deadline_is_an_error_with_a_report(tmp_path: Path) -> None:
@@ -107,6 +108,45 @@ async def test_a_wait_past_its_deadline_is_an_error_with_a_report(tmp_path: Path
     text = (tmp_path / "logs" / "stall-1.txt").read_text()
     assert "a waits for b, for " in text
     assert "the learner is elsewhere" in text
+
+
+async def test_facts_of_a_wait_are_told_with_it(tmp_path: Path) -> None:
+    stalls = make_stalls(tmp_path, [])
+    with pytest.raises(WorkerError, match=r"did so for 0\.01 s: 3 were dropped; a fact; stacks: "):
+        async with stalls.wait("a waits for b", 0.01, facts=lambda: ["3 were dropped"]):
+            await asyncio.Event().wait()
+    assert " s\n3 were dropped\n\n# Parts\na fact" in (tmp_path / "stall-1.txt").read_text()
+
+
+async def test_reports_of_an_earlier_life_stay(tmp_path: Path) -> None:
+    for life in range(1, 3):
+        stalls = make_stalls(tmp_path, [])
+        async with stalls.wait(f"life {life} waits"):
+            assert await stalls.report() == str(tmp_path / f"stall-{2 * life - 1}.txt")
+            assert await stalls.report() == str(tmp_path / f"stall-{2 * life}.txt")
+    texts = [(tmp_path / f"stall-{number}.txt").read_text() for number in range(1, 5)]
+    assert ["life 1 waits" in text for text in texts] == [True, True, False, False]
+
+
+async def test_a_report_may_show_a_name_that_is_no_text(tmp_path: Path) -> None:
+    stalls = make_stalls(tmp_path, [])
+    stalls.facts = lambda: ["a file called \udcff"]
+    assert r"a file called \udcff" in Path(await stalls.report()).read_text()
+
+
+async def test_a_report_that_nobody_reads_ends_nothing(tmp_path: Path) -> None:
+    was_told = asyncio.Event()
+
+    def say(line: str) -> None:
+        was_told.set()
+        raise BrokenPipeError("nobody reads this")
+
+    stalls = make_stalls(tmp_path, [], report_s=0.01)
+    stalls.say = say
+    async with stalls.watching():
+        async with stalls.wait("a waits for b"):
+            await was_told.wait()
+        await asyncio.sleep(0)
 
 
 async def test_a_timeout_of_another_stays_itself(tmp_path: Path) -> None:
@@ -132,14 +172,12 @@ async def test_a_loop_that_does_not_turn_is_told_with_its_stack(tmp_path: Path, 
     was_told = threading.Event()
     stalls = make_stalls(folder, told, report_s=0.05)
     stalls.say = lambda line: (told.append(line), was_told.set())  # type: ignore[assignment, func-returns-value]
-    watching = asyncio.create_task(stalls.watch())
-    await asyncio.sleep(0)
-    assert was_told.wait(10)  # the fault: it blocks the loop
-    watching.cancel()
-    await asyncio.wait((watching,))
+    async with stalls.watching():
+        await asyncio.sleep(0)
+        assert was_told.wait(10)  # the fault: it blocks the loop
     assert "the event loop has not turned for" in told[0]
     if is_writable:
-        assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop.txt").read_text()
+        assert "test_a_loop_that_does_not_turn" in (folder / "stall-loop-1.txt").read_text()
     else:
         assert "could not be written" in told[0]
 
@@ -148,9 +186,6 @@ async def test_a_report_that_takes_its_time_is_no_loop_that_stands(tmp_path: Pat
     told: list[str] = []
     process = Elsewhere(0.5)
     stalls = make_stalls(tmp_path, told, report_s=0.1, process=process)
-    watching = asyncio.create_task(stalls.watch())
-    async with stalls.wait("a waits for b"):
+    async with stalls.watching(), stalls.wait("a waits for b"):
         await process.has_answered.wait()
-    watching.cancel()
-    await asyncio.wait((watching,))
     assert not any("has not turned" in line for line in told)

@@ -9,9 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
+from palaestra.agents.engines import EngineConfig
+from palaestra.agents.engines.transformers import TransformersEngine
 from palaestra.errors import WorkerError
+from palaestra.trainer.batch import TrainRow
+from palaestra.trainer.learner import LearnerConfig, LocalLearner, Published
 from palaestra.trainer.sync import WeightSync
+from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
+from palaestra.types import Trajectory
 from tests.toys import ToyEngine, ToyLearner
 
 
@@ -71,6 +78,146 @@ async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolera
                 await sync.publish(1)
         else:
             assert await sync.publish(1) == 0.0
+
+
+async def test_what_the_sides_once_disagreed_by_is_forgotten() -> None:
+    """One canary of bad luck must not blind the check for the rest of the run."""
+    engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
+    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        engine.is_stale = True
+        learner.version = 30  # 0.031 nats from the engine's
+        await sync.publish(30)
+        engine.is_stale = False
+        for version in range(31, 47):
+            await sync.prepare([[1, 2, 3]])
+            learner.version = version
+            await sync.publish(version)
+        engine.is_stale = True
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 47
+        with pytest.raises(WorkerError, match="version 47 the engine still holds the weights of the version before"):
+            await sync.publish(47)
+
+
+LONG = [list(range(101)), list(range(101))]
+"""Two hundred tokens to compare."""
+
+
+class WritingLearner(ToyLearner):
+    """Writes real weights, of which each step multiplies all by `1 + growth`, and moves each score by `move` nats."""
+
+    def __init__(self, *, growth: float, move: float) -> None:
+        super().__init__()
+        self.growth = growth
+        self.move = move
+
+    async def publish(self, folder: Path) -> Published:
+        published = await super().publish(folder)
+        weights = np.full((40, 40), (1 + self.growth) ** self.version, np.float32)
+        save_file({"w": weights}, folder / "model.safetensors")
+        return Published(version=published.version, checksum=str(published.version))
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [scores_at(len(ids) - 1, self.version * self.move) for ids in sequences]
+
+
+class CoarseEngine(StaleEngine):
+    """Rounds its scores to sixteenths of a nat."""
+
+    def __init__(self, *, move: float) -> None:
+        super().__init__(lambda prompt, seed: [1])
+        self.move = move
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        exact = [scores_at(len(ids) - 1, self.version * self.move) for ids in sequences]
+        return [(np.round(scores * 16) / 16).astype(np.float32) for scores in exact]
+
+
+def scores_at(count: int, moved: float) -> NDArray[np.float32]:
+    return (-1.0 - np.arange(count) / count - moved).astype(np.float32)
+
+
+async def make_steps(sync: WeightSync, learner: ToyLearner, count: int) -> None:
+    for _ in range(count):
+        await sync.prepare(LONG)
+        learner.version += 1
+        await sync.publish(learner.version)
+
+
+async def test_an_engine_whose_scores_never_move_is_found_below_its_own_rounding() -> None:
+    engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
+    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        await make_steps(sync, learner, 20)
+        engine.is_stale = True
+        with pytest.raises(WorkerError, match=r"equal to the last bit, where about 2\d of them should have moved"):
+            await make_steps(sync, learner, 10)  # three scores a step would have moved
+    assert learner.version in range(26, 30)
+
+
+@pytest.mark.parametrize(
+    ("growth", "move"),
+    [
+        (1e-6, 1e-3),  # the learner is finer: what the engine holds is equal for the first thousands of steps
+        (0.01, 0.0),  # the weights that moved are none that the canary shows
+    ],
+)
+async def test_steps_that_an_engine_cannot_show_are_no_fault(growth: float, move: float) -> None:
+    engine, learner = CoarseEngine(move=0.0), WritingLearner(growth=growth, move=move)
+    with WeightSync(learner, engine, tolerance=0.2, canary_every=1) as sync:
+        await sync.publish(0)
+        await make_steps(sync, learner, 60)
+    assert engine.version == 60
+
+
+class StaleTransformersEngine(TransformersEngine):
+    is_stale = False
+
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
+        if not self.is_stale:
+            await super().load_weights(folder, version, checksum)
+
+
+def make_row(seed: int) -> TrainRow:
+    rng, length = np.random.default_rng(seed), 60
+    mask = np.arange(length) > 0
+    trajectory = Trajectory(
+        ids=rng.integers(0, 300, length).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -5.7, 0.0).astype(np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        turns=np.where(mask, 0, -1).astype(np.int16),
+    )
+    return TrainRow(trajectory=trajectory, advantage=float(rng.normal()))
+
+
+@pytest.mark.slow
+async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that_did_not_is_not(tmp_path: Path) -> None:
+    """Each step moves the log-probabilities by less than engine and learner disagree on equal weights."""
+    make_tokenizer(["say user assistant one two three"] * 3, tmp_path, vocab_size=400)
+    size = TinyModelConfig(start="random", hidden_size=64, num_layers=2, num_heads=2, ffn_size=64, max_positions=256)
+    model = make_model(tmp_path, size)
+    engine_config = EngineConfig(dtype="bfloat16", device="cpu", max_model_len=128)
+    config = LearnerConfig(learning_rate=1e-5, device="cpu", precision="bfloat16")
+    log = tmp_path / "engine.log"
+    async with (
+        await StaleTransformersEngine.start(model, engine_config, log_path=log, version=-1) as engine,
+        await LocalLearner.start(model, config, tmp_path / "learner.log") as learner,
+    ):
+
+        async def make_steps(sync: WeightSync, count: int) -> None:
+            for _ in range(count):
+                rows = [make_row(10 * learner.version + k) for k in range(4)]
+                await sync.prepare([row.trajectory.ids.tolist() for row in rows[:2]])
+                await learner.step(rows)
+                await sync.publish(learner.version)
+
+        with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+            await sync.publish(0)
+            await make_steps(sync, 20)
+            engine.is_stale = True
+            with pytest.raises(WorkerError, match="equal to the last bit"):
+                await make_steps(sync, 20)
 
 
 async def test_a_learner_at_another_version_is_not_published() -> None:

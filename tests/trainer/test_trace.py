@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,3 +66,36 @@ def test_the_first_difference_is_named() -> None:
     other_loss = replace(trace, losses=np.array([0.25, 0.5]), fingerprints=prints)
     assert "loss of update 2 of 2 is" in str(trace.difference(other_loss))
     assert "other parameters: 2 and 1" in str(trace.difference(replace(trace, names=("a.weight",))))
+
+
+def test_damaged_bytes_are_named_or_mean_the_same() -> None:
+    trace = make_trace()
+    data = trace.to_bytes()
+    num_named = 0
+    for place in range(0, len(data), 4):
+        try:
+            found = StepTrace.from_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        except ValueError:
+            num_named += 1
+        else:
+            assert trace.difference(found) is None
+            assert np.array_equal(trace.grad_norms, found.grad_norms)
+    assert num_named > len(data) / 8
+    for length in range(0, len(data), 16):
+        with pytest.raises(ValueError, match=r"Error|BadZipFile"):
+            StepTrace.from_bytes(data[:length])
+
+
+def test_what_is_said_of_an_array_is_not_read_before_its_checksum_was_compared() -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, names=np.array(["a" * 10_000]), losses=np.zeros(1))
+    data = buffer.getvalue()
+    place = data.index(b"}")
+    with pytest.raises(ValueError, match=r"names\.npy"):
+        StepTrace.from_bytes(data[:place] + b"(" + data[place + 1 :])
+
+
+def test_gradients_that_are_all_zero_are_told_apart() -> None:
+    trace = make_trace()
+    assert not trace.is_zero
+    assert replace(trace, fingerprints=np.zeros_like(trace.fingerprints)).is_zero

@@ -20,6 +20,7 @@ from palaestra.envs import EnvSuite
 from palaestra.errors import ungrouped
 from palaestra.records import write_records
 from palaestra.resources import Resources
+from palaestra.trainer._model_identity import place_of
 from palaestra.trainer.ledger import read_records
 from palaestra.trainer.metrics import StepRecord, one_line
 from palaestra.trainer.progress import Display
@@ -47,6 +48,8 @@ async def run_quickstart(config: QuickstartConfig, run: Path, display: Display) 
 
     Raises `ConfigError` for what the user can mend and `WorkerError` when a component dies.
     """
+    if config.model is not None:  # kept so that it is found from any folder
+        config = config.model_copy(update={"model": place_of(config.model)})
     folder = RunFolder(run)
     folder.prepare(config.model_dump(mode="json"))
     with ungrouped():

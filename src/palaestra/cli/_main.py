@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -70,7 +69,7 @@ def _means_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
     # a worker's OSError arrives as text
-    return isinstance(error, WorkerError) and os.strerror(errno.ENOSPC) in str(error)
+    return isinstance(error, WorkerError) and any(os.strerror(number) in str(error) for number in FULL)
 
 
 def _say(line: str) -> None:

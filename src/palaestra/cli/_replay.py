@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-_DIFFERS = 1
+_NOT_COMPARED, _DIFFERS = 1, 3
 
 
 def replay(
@@ -22,7 +22,7 @@ def replay(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make one training step again on a CPU, and compare loss and gradients bit for bit; exit code 1 if they differ."""
+    """Make one training step again on a CPU, and compare loss and gradients bit for bit; exit code 3 if they differ."""
     from palaestra.cli._options import import_modules, interruptible
     from palaestra.trainer.replay import replay as make_again
     from palaestra.trainer.replay import run_folder
@@ -36,7 +36,9 @@ def replay(
             "run": str(folder),
             "step": found.step,
             "start": found.start,
+            "compared": found.is_compared,
             "equal": found.is_equal,
+            "zero": found.again.now.is_zero if found.again.now is not None else None,
             "difference": found.again.difference,
             "losses": found.again.now.losses.tolist() if found.again.now is not None else None,
             "recorded_losses": found.again.before.losses.tolist() if found.again.before is not None else None,
@@ -45,4 +47,4 @@ def replay(
     else:
         typer.echo(found.describe())
     if not found.is_equal:
-        raise typer.Exit(_DIFFERS)
+        raise typer.Exit(_DIFFERS if found.is_compared else _NOT_COMPARED)

@@ -77,6 +77,16 @@ async def test_a_model_without_weights_is_a_one_line_config_error(model_a: TinyM
 
 
 @pytest.mark.slow
+async def test_a_damaged_file_of_weights_is_named(model_a: TinyModel, tmp_path: Path) -> None:
+    shutil.copytree(model_a.folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=f"cannot read weights {weights}: ") as caught:
+        await open_engine("transformers", tmp_path / "model", CONFIG, tmp_path / "log")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 async def test_a_context_longer_than_the_model_is_cut_and_the_engine_says_so(
     name: str, model_a: TinyModel, tmp_path: Path
