@@ -157,8 +157,9 @@ class Fit:
         parts = self._parts
         trajectories = (e.trajectory for group in groups for e in group.episodes)
         sequences = [t.ids.tolist() for t in trajectories if t is not None and len(t) > 1]
-        async with parts.stalls.wait("the loop waits for the learner's step"):
+        async with parts.stalls.wait("the loop waits for the canary's scores before the step"):
             await parts.sync.prepare(sequences[:_NUM_CANARIES])
+        async with parts.stalls.wait("the loop waits for the learner's step"):
             return await parts.learner.step(make_rows(groups, parts.config))
 
     async def _refuse(self, batch: Sequence[NumberedGroup], error: StepRefusedError) -> None:

@@ -83,7 +83,7 @@ class WeightSync:
 
     def __exit__(self, *_: object) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder, ignore_errors=True)  # an error here would hide why the run ends
             self._folder = None
 
     async def prepare(self, sequences: Sequence[Sequence[int]]) -> None:

@@ -244,6 +244,13 @@ async def test_folders_in_shared_memory_are_removed() -> None:
     assert not Path(folder).exists()
 
 
+async def test_a_folder_that_somebody_removed_ends_nothing() -> None:
+    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
+        assert sync._folder is not None
+        sync._folder.rmdir()
+    assert sync._folder is None
+
+
 def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palaestra.trainer.sync._SHARED_MEMORY", tmp_path)
     dead, alive = tmp_path / "palaestra-weights-99999999-a", tmp_path / f"palaestra-weights-{os.getpid()}-b"
