@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palaestra.agents import Engine
-from palaestra.errors import WorkerError
+from palaestra.errors import WorkerError, ungrouped
 from palaestra.trainer._weight_changes import count_changes
 from palaestra.trainer.learner import Learner
 
@@ -90,8 +90,8 @@ class WeightSync:
         """Before a step: choose what both sides are compared on after it, and remember what the old weights say."""
         self._canary, self._before = sequences, None
         if sequences and self._is_due:
-            theirs = await self._engine.score(sequences)
-            self._before = _Before(await self._learner.score(sequences), theirs)
+            theirs, ours = await self._score(sequences)
+            self._before = _Before(ours, theirs)
 
     async def publish(self, version: int) -> float | None:
         """Hand version `version` to the engine; the canary's largest difference, in nats, where it ran.
@@ -115,9 +115,16 @@ class WeightSync:
     def _is_due(self) -> bool:
         return self._num_published % self._canary_every == 0
 
+    async def _score(self, sequences: Sequence[Sequence[int]]) -> tuple[Scores, Scores]:
+        """What engine and learner, at work at the same time, say of the sequences."""
+        with ungrouped():
+            async with asyncio.TaskGroup() as tasks:
+                theirs = tasks.create_task(self._engine.score(sequences))
+                ours = tasks.create_task(self._learner.score(sequences))
+        return theirs.result(), ours.result()
+
     async def _check(self, version: int, *, is_other: bool) -> float:
-        theirs = await self._engine.score(self._canary)
-        ours = await self._learner.score(self._canary)
+        theirs, ours = await self._score(self._canary)
         difference = max(float(np.abs(a - b).max()) for a, b in zip(theirs, ours, strict=True))
         mean = _distance(theirs, ours)
         if not strain(mean, difference, self._tolerance) <= 1.0:
