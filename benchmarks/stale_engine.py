@@ -194,6 +194,9 @@ def page(trials: Sequence[Trial], device: str, num_parameters: int) -> str:
         count = f"{len(trial.moved)}" if trial.refusal is not None else f"not in {len(trial.moved)}"
         why = trial.refusal.partition(": ")[2] if trial.refusal is not None else ""
         lines.append(f"| {trial.rate:g} | {kind} | {trial.moved[0]:.2g} | {trial.noise:.2g} | {count} | {why} |")
+    missing = [rate for rate in RATES if not any(trial.rate == rate and trial.is_stale for trial in trials)]
+    if missing:
+        lines += ["", f"Not measured in the time there was: {', '.join(f'{rate:g}' for rate in missing)}."]
     return "\n".join(lines) + "\n"
 
 
