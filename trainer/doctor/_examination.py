@@ -56,7 +56,7 @@ async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resourc
         tasks.create_task(sheet.row("settings", _QUICK_S, partial(_check_settings, subject, machine)))
         tasks.create_task(environments.run())
         tasks.create_task(model.run())
-    measure = partial(_check_memory, subject, machine, model.model, environments.memory_mb)
+    measure = partial(_check_memory, subject, machine, model, environments.memory_mb)
     await sheet.row("memory", _QUICK_S, measure)
 
 
@@ -68,7 +68,7 @@ async def _check_settings(subject: Subject, machine: Machine) -> Finding:
     return await asyncio.to_thread(check_settings, subject, machine)
 
 
-async def _check_memory(subject: Subject, machine: Machine, model: Part[str], memory_mb: Part[int]) -> Finding:
-    path, environments_mb = await model.get(), await memory_mb.get_or_none()
+async def _check_memory(subject: Subject, machine: Machine, model: ModelChecks, memory_mb: Part[int]) -> Finding:
+    path, environments_mb = await model.model.get(), await memory_mb.get_or_none()
     size = await asyncio.to_thread(read_size, path)  # last of all: a hub model has been fetched by now
-    return judge_memory(plan(size, subject.train, machine, environments_mb), machine)
+    return judge_memory(plan(size, subject.train, machine, await model.rows(), environments_mb), machine)

@@ -24,6 +24,7 @@ class ModelSize:
     num_layers: int
     hidden_size: int
     ffn_size: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
@@ -42,6 +43,7 @@ def read_size(model: str) -> ModelSize:
             num_layers=int(text["num_hidden_layers"]),
             hidden_size=hidden,
             ffn_size=int(text.get("intermediate_size") or 4 * hidden),
+            num_heads=num_heads,
             num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
             head_dim=int(text.get("head_dim") or hidden // num_heads),
             vocab_size=int(text["vocab_size"]),
