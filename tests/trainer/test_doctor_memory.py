@@ -119,7 +119,7 @@ def test_plan_of_a_micro_batch_is_what_the_learner_takes(tmp_path: Path, precisi
     from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 
     folder = make_tokenizer(["a b c"] * 3, tmp_path, vocab_size=400)
-    make_model(folder, TinyModelConfig(architecture="qwen3"), seed=0)
+    make_model(folder, TinyModelConfig(architecture="qwen3", start="random"), seed=0)
     config = LearnerConfig.parse({"precision": precision, "device": "cpu", "max_micro_batch_tokens": 512})
     model = PolicyModel(str(folder), config)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters().values()}

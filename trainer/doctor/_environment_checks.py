@@ -18,7 +18,7 @@ ROWS = ("environment", "reward", "latency", "leaks")
 _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
 _MAX_AT_ONCE = 64
 _PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
-_ROUND_S, _LEAST_ROUND = 6.0, 4
+_ROUND_S, _LEAST_ROUND = 6.0, 8
 """How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
 
 
@@ -65,7 +65,7 @@ class EnvironmentChecks:
     async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
         if random.is_missing:
             await random.get()  # says why
-        played, stay = await self._probe.play_random(env_id, self._round_size(env_id), _PLAY_S)
+        played, stay = await self._probe.play_rounds(env_id, self._round_size(env_id), _PLAY_S)
         self._stays[env_id] = stay
         random.settle(played)
         return judge_stay(stay)
