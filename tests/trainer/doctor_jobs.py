@@ -35,7 +35,7 @@ class Leaky(Env):
     """Say the word. `leak` names what each episode leaves behind, `reward_for` who is paid."""
 
     num_tasks: Mapping[Split, int] = {"train": 600, "validation": 60, "test": 60}
-    default_limits = EnvLimits(max_turns=4, tool_s=0.5, episode_s=5.0)
+    default_limits = EnvLimits(max_turns=4, tool_s=0.5, episode_s=5.0, setup_s=30.0)
     env_id = LEAKY
     kept: ClassVar[list[object]] = []
 
@@ -58,6 +58,8 @@ class Leaky(Env):
             descriptor = os.open("/dev/null", os.O_RDONLY)
             await asyncio.sleep(0.02)  # a cut here leaves it open
             os.close(descriptor)
+        if self.leak == "stuck":
+            await asyncio.Event().wait()
         if self.leak == "broken":
             raise RuntimeError("the shop is closed")
         self._leave_something()

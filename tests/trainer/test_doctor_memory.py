@@ -162,7 +162,7 @@ def test_what_is_certain_fails_and_what_is_estimated_warns() -> None:
     finding = judge(BILLIONS)
     assert finding.verdict is Verdict.FAILURE
     assert "cannot fit. host: about" in finding.detail
-    small = plan(SIZE, GRPOConfig(), CPU, ROWS, 100)
+    small = [need for need in plan(SIZE, GRPOConfig(), CPU, ROWS, 100) if "host" in need.places]
     total = sum(need.mb for need in small)
     certain = sum(need.mb for need in small if need.is_certain)
     assert "is tight" in judge(machine=replace(CPU, free_mb=total + 10)).detail
@@ -196,6 +196,16 @@ def test_small_shared_memory_is_a_failure_of_its_own() -> None:
     assert "/dev/shm: about 92 MB of 64 MB free (published weights 92)" in finding.detail
     assert "--shm-size" in finding.remedy
     assert judge(SIZE, replace(CPU, publish_free_mb=64)).verdict is Verdict.OK
+
+
+def test_checkpoints_that_overfill_the_disk_are_a_failure() -> None:
+    disk = replace(CPU, disk_place="the disk of /runs", disk_free_mb=130)
+    assert judge(machine=disk, num_checkpoints=9).verdict is Verdict.WARNING  # 10 of 12 MB
+    finding = judge(machine=disk, num_checkpoints=10)
+    assert finding.verdict is Verdict.FAILURE
+    assert "the disk of /runs: about 132 MB of 130 MB free (checkpoints 132)" in finding.detail
+    assert "num_checkpoints" in finding.remedy
+    assert judge(machine=disk, num_checkpoints=10, steps=50).verdict is Verdict.OK, "only five are ever due"
 
 
 def test_the_gpu_is_a_place_of_its_own() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from palaestra.sandboxes.doctor import free_memory
 from palaestra.trainer.sync import publish_place
@@ -29,6 +30,8 @@ class Machine:
     gpu_total_mb: int = 0
     publish_place: str = "/dev/shm"
     publish_free_mb: int = 1 << 20
+    disk_place: str = "the run's disk"
+    disk_free_mb: int = 1 << 20
 
     @property
     def publishes_to_memory(self) -> bool:
@@ -40,8 +43,9 @@ class Machine:
         return device != "cpu" and self.gpu_total_mb > 0
 
 
-def look_at_machine() -> Machine:
-    """What is there now; blocks for a moment."""
+def look_at_machine(run: Path | None = None) -> Machine:
+    """What is there now, for a run in this folder; blocks for a moment."""
+    folder = next(path for path in ((run or Path()).absolute() / "_").parents if path.is_dir())
     free_mb, what = free_memory()
     place = publish_place()
     gpu_free_mb, gpu_total_mb = _gpu() if _torch_has_cuda() else (0, 0)
@@ -53,6 +57,8 @@ def look_at_machine() -> Machine:
         gpu_total_mb=gpu_total_mb,
         publish_place=str(place),
         publish_free_mb=shutil.disk_usage(place).free >> 20,
+        disk_place=f"the disk of {folder}",
+        disk_free_mb=shutil.disk_usage(folder).free >> 20,
     )
 
 

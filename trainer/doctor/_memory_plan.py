@@ -1,9 +1,9 @@
-"""How much memory a run will take, against what is there.
+"""How much memory a run will take, and how much of the disk, against what is there.
 
 Certain is what the configuration and the model's files decide: weights, gradients and moments of AdamW, the copy that a
-step of several updates keeps, the engine's weights and the attention cache that is set, and published weights. The rest
-is an estimate, which only warns: one micro-batch with its logits, an attention cache that grows with conversations,
-libraries, and the environments as measured. Not counted: fragmentation, and what CUDA takes for each process.
+step of several updates keeps, the engine's weights, the attention cache that is set, published weights, checkpoints.
+The rest is an estimate, which only warns: one micro-batch with its logits, an attention cache that grows with
+conversations, libraries, and the environments as measured. Not counted: fragmentation, and what CUDA takes itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _ADAMW = 4 * _FLOAT
 """Bytes of a parameter: itself, its gradient and two moments, all float32."""
 _COPY = 3 * _FLOAT
 """Bytes of a parameter in the copy to which a refused step of several updates goes back."""
+_CHECKPOINT = 3 * _FLOAT
+"""Bytes of a parameter on the disk: itself and two moments. One checkpoint more than are kept is there for a moment."""
 _NUM_PUBLISHED = 3
 """Sets of weights that are published at once: two slots, and the one that is being written."""
 _PROCESS_MB = {"learner": 350, "vllm": 800, "transformers": 450, "trainer": 350}
@@ -70,10 +72,12 @@ def plan(
     learner = (GPU,) if machine.uses_gpu(config.learner.device) else (HOST,)
     published = _mb(min(_NUM_PUBLISHED, config.steps + 1) * _FLOAT * size.num_parameters)
     where = (HOST, machine.publish_place) if machine.publishes_to_memory else (machine.publish_place,)
+    num_kept = min(config.num_checkpoints, config.steps // config.save_every) + 1
     libraries = sum(_PROCESS_MB[name] for name in ("learner", config.engine, "trainer"))
     needs = [
         Need("learner's weights, gradients and moments", _mb(_learner_bytes(size, config)), learner, True),
         Need("published weights", published, where, True),
+        Need("checkpoints", _mb(num_kept * _CHECKPOINT * size.num_parameters), (machine.disk_place,), True),
         *_engine(size, config, machine),
         Need("micro-batch", _mb(micro_batch_bytes(size, config, rows, on_gpu=GPU in learner)), learner),
         Need("processes", libraries, (HOST,)),
@@ -85,7 +89,11 @@ def plan(
 
 def judge_memory(needs: list[Need], machine: Machine) -> Finding:
     """A failure where what is certain does not fit, a warning where that and the estimates do not, or hardly."""
-    free = {HOST: (machine.free_mb, machine.free_what), machine.publish_place: (machine.publish_free_mb, "free")}
+    free = {
+        HOST: (machine.free_mb, machine.free_what),
+        machine.publish_place: (machine.publish_free_mb, "free"),
+        machine.disk_place: (machine.disk_free_mb, "free"),
+    }
     if any(GPU in need.places for need in needs):
         free[GPU] = (machine.gpu_free_mb, "free")
     details: list[str] = []
@@ -111,6 +119,8 @@ def _share(need: Need) -> str:
 def _remedy(where: str, machine: Machine) -> str:
     if where == machine.publish_place:
         return f"give {where} more room (a container: --shm-size), or take a smaller model"
+    if where == machine.disk_place:
+        return "lower num_checkpoints, or choose a run folder on a larger disk"
     return (
         f"{where}: lower engine_config.kv_cache_mb or gpu_memory_utilization, learner.max_micro_batch_tokens, "
         "max_model_len or concurrency, or take a smaller model"

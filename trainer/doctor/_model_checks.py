@@ -17,11 +17,10 @@ from palaestra.trainer.doctor._env_worker import Played
 from palaestra.trainer.doctor._guard import Part
 from palaestra.trainer.doctor._memory_plan import Rows
 from palaestra.trainer.doctor._new_model import make_new_model
-from palaestra.trainer.doctor._rules_of_engine import fitted_context
 from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.doctor._variance import SampledGroups, judge_variance, sample_groups
-from palaestra.trainer.learner import Learner, LocalLearner
+from palaestra.trainer.learner import Learner, LocalLearner, check_model_path
 from palaestra.types import Trajectory
 
 ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agreement")
@@ -87,7 +86,7 @@ class ModelChecks:
                 f"made with random weights, tokenizer from {sum(len(p.episodes) for p in played.values())} episodes"
             )
         else:
-            path = detail = given
+            path = detail = check_model_path(given)
         self.model.settle(path)
         renderer = await asyncio.to_thread(open_renderer, path, family=self._train.family)
         self._renderer.settle(renderer)
@@ -109,7 +108,7 @@ class ModelChecks:
 
     async def _check_template(self) -> Finding:
         renderer, played = await self._renderer.get(), await self._talks.get()
-        context = await asyncio.to_thread(fitted_context, self._subject)
+        context = await asyncio.to_thread(lambda: self._subject.context)
         self._transcripts = await asyncio.to_thread(transcribe, played, renderer)
         return judge_template(self._transcripts, renderer, context)
 
@@ -134,7 +133,7 @@ class ModelChecks:
 
     async def rows(self) -> Rows:
         """How long conversations are, when all rows are there."""
-        context = await asyncio.to_thread(fitted_context, self._subject)
+        context = await asyncio.to_thread(lambda: self._subject.context)
         longest = max((len(each.ids) for each in self._transcripts), default=0)
         return Rows.of(await self._sampled(), longest, context)
 
