@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -68,7 +69,8 @@ class Stay(NamedTuple):
 
 
 def build(setup: ProbeSetup) -> ProbeService:
-    """The service. From here on it is noted which files this process makes."""
+    """The service. From here on it is noted which files this process makes; temporary ones get a folder of their own."""
+    tempfile.tempdir = str(setup.scratch)  # not TMPDIR: the list of leases stays the one of all sessions
     for known in setup.registrations:
         register(known.env_id, known.entry_point, family=known.family, summary=known.summary)
     return ProbeService(setup)

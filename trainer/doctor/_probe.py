@@ -54,8 +54,7 @@ class EnvProbe:
                 name="the process of the environments",
                 log_path=self._log_path,
                 start_timeout_s=_START_S,
-                # what it and its children put into the temporary folder is counted there
-                env={MARK: self.mark, "TMPDIR": str(self._setup.scratch)},
+                env={MARK: self.mark},
             )
         try:
             return await self._worker.call(method, env_id, count, timeout_s=deadline_s)
