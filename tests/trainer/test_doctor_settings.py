@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def test_seeds_below_the_main_jobs() -> None:
 def test_what_the_main_job_sets_by_default_was_not_chosen() -> None:
     subject = Subject.of_quickstart(QuickstartConfig.parse({"rl": {"steps": 3, "engine_config": {"max_num_seqs": 32}}}))
     assert subject.given == {"rl.steps", "rl.engine_config.max_num_seqs"}
+
+
+def test_no_hub_is_asked_about_a_model_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: object) -> str:
+        raise AssertionError(f"the hub was asked for {args}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    folder = make_subject("small", train={"engine_config": {"max_model_len": 512}})
+    assert folder.context == 512
+    gone = replace(make_subject("nobody/nothing", train={"engine_config": {"max_model_len": 512}}), is_there=False)
+    assert gone.context == 512
+    assert hints(gone) == set()
 
 
 def test_what_others_derive_was_not_chosen(model: str) -> None:

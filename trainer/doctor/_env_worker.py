@@ -69,7 +69,7 @@ class Stay(NamedTuple):
 
 
 def build(setup: ProbeSetup) -> ProbeService:
-    """The service. From here on it is noted which files this process makes; temporary ones get a folder of their own."""
+    """The service. From here on it is noted which files this process makes; temporary ones get their own folder."""
     tempfile.tempdir = str(setup.scratch)  # not TMPDIR: the list of leases stays the one of all sessions
     for known in setup.registrations:
         register(known.env_id, known.entry_point, family=known.family, summary=known.summary)
