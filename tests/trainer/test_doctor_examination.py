@@ -142,6 +142,18 @@ async def test_model_that_is_not_there_leaves_the_environments_rows(tmp_path: Pa
     assert rows[f"leaks {ECHO}"].verdict is Verdict.OK
 
 
+async def test_relative_folder_that_is_not_there_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: object) -> str:
+        raise OSError("no such repository\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    rows = by_name(await examine(make_subject("models/smal", train={"concurrency": 2}), SilentDisplay()))
+    assert "no model folder 'models/smal', nor a hub model that can be reached: no such repo" in rows["model"].detail
+    assert "second line" not in rows["model"].detail
+    assert rows["settings"].verdict is Verdict.OK
+    assert {rows[name].verdict for name in ("engine", "learner", "template", "memory")} == {Verdict.SKIPPED}
+
+
 @pytest.mark.slow
 async def test_cancelled_examination_leaves_no_process_and_no_folder(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

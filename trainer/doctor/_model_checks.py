@@ -16,11 +16,12 @@ from palaestra.trainer.doctor._conversations import Transcript, check_calls, jud
 from palaestra.trainer.doctor._env_worker import Played
 from palaestra.trainer.doctor._guard import Part
 from palaestra.trainer.doctor._memory_plan import Rows
+from palaestra.trainer.doctor._model_size import find_model
 from palaestra.trainer.doctor._new_model import make_new_model
 from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.doctor._variance import SampledGroups, judge_variance, sample_groups
-from palaestra.trainer.learner import Learner, LocalLearner, check_model_path
+from palaestra.trainer.learner import Learner, LocalLearner
 from palaestra.types import Trajectory
 
 ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agreement")
@@ -86,7 +87,7 @@ class ModelChecks:
                 f"made with random weights, tokenizer from {sum(len(p.episodes) for p in played.values())} episodes"
             )
         else:
-            path = detail = check_model_path(given)
+            path = detail = await asyncio.to_thread(find_model, given)
         self.model.settle(path)
         renderer = await asyncio.to_thread(open_renderer, path, family=self._train.family)
         self._renderer.settle(renderer)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palaestra.errors import ConfigError
+from palaestra.trainer.learner import check_model_path
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20
@@ -28,6 +29,23 @@ class ModelSize:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+
+
+def find_model(model: str) -> str:
+    """The folder, or the hub name of a model that can be had; raises `ConfigError` in one line.
+
+    A relative folder that is not there looks like a hub name.
+    """
+    path = check_model_path(model)
+    if not Path(path).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(path, "config.json")
+        except (OSError, ValueError) as error:
+            why = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"no model folder {model!r}, nor a hub model that can be reached: {why}") from error
+    return path
 
 
 def read_size(model: str) -> ModelSize:
