@@ -25,7 +25,7 @@ _MAX_AT_ONCE = 64
 _PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
 _ALL_S = 240.0
 """How long the environments may take together; what is left then is not tried."""
-_ROUND_S, _LEAST_ROUND = 6.0, 8
+_ROUND_S, _LEAST_ROUND = 4.0, 8
 """How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
 
 
