@@ -2,7 +2,7 @@
 
 Invariant: a group and its episodes are in the ledger before the first of them is dispatched, each episode is there as
 soon as it ended, and every issued group comes back exactly once, however its episodes ended. At most
-`(max_lag + 1) * groups_per_step` groups are issued and neither trained nor dropped, so with `max_lag` 0 generation
+`most_groups_in_hand` groups are issued and neither trained nor dropped, so with `max_lag` 0 generation
 waits for the learner (synchronous training) and above it runs ahead by that many steps.
 """
 
@@ -26,6 +26,16 @@ OnGroup = Callable[[int, Group], Awaitable[None]]
 _MAX_SIZE = 1 << 16
 
 LATE, SPARE = "the group's deadline passed", "enough of the group ended before"
+
+
+def most_groups_in_hand(*, groups_per_step: int, max_lag: int) -> int:
+    """Groups that may be issued and neither trained nor dropped: a step's, once more for each version of lag."""
+    return groups_per_step * (max_lag + 1)
+
+
+def most_in_hand(*, group_size: int, groups_per_step: int, max_lag: int, num_spare: int = 0) -> int:
+    """Episodes of all those groups, spare ones included: more than these are never played at once."""
+    return most_groups_in_hand(groups_per_step=groups_per_step, max_lag=max_lag) * (group_size + num_spare)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

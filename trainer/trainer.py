@@ -34,7 +34,7 @@ from palaestra.trainer.learner import Learner, LearnerConfig, LocalLearner
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import one_line
 from palaestra.trainer.resume import resume
-from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers, most_groups_in_hand
 from palaestra.trainer.rows import is_trainable, objection_to
 from palaestra.trainer.run_rules import compare
 from palaestra.trainer.sampler import TaskSampler
@@ -254,7 +254,7 @@ class Trainer:
         config = self.config
         return RolloutPlan(
             group_size=config.group_size,
-            max_groups_in_hand=(config.max_lag + 1) * config.groups_per_step,
+            max_groups_in_hand=most_groups_in_hand(groups_per_step=config.groups_per_step, max_lag=config.max_lag),
             concurrency=config.concurrency,
             seed=config.seed,
             max_failure_rate=config.max_failure_rate,

@@ -15,7 +15,7 @@ from palaestra.envs import EnvSuite
 from palaestra.resources import Resources
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.ledger import Ledger
-from palaestra.trainer.rollouts import LATE, SPARE, RolloutPlan, RolloutWorkers
+from palaestra.trainer.rollouts import LATE, SPARE, RolloutPlan, RolloutWorkers, most_groups_in_hand, most_in_hand
 from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.tiny import make_tokenizer
@@ -77,7 +77,7 @@ class Play:
         ledger = await Ledger.open(self.folder, meta={})
         plan = RolloutPlan(
             group_size=config.group_size,
-            max_groups_in_hand=1,
+            max_groups_in_hand=most_groups_in_hand(groups_per_step=config.groups_per_step, max_lag=config.max_lag),
             concurrency=config.concurrency,
             seed=0,
             max_failure_rate=0.0,
@@ -114,7 +114,8 @@ class Play:
 
 
 def config(**changes: object) -> GRPOConfig:
-    return GRPOConfig.parse({"group_size": 3, "num_spare": 2, "groups_per_step": 1, "concurrency": 8} | changes)
+    values = {"mode": "sync", "group_size": 3, "num_spare": 2, "groups_per_step": 1, "concurrency": 8}
+    return GRPOConfig.parse(values | changes)
 
 
 def outcomes(group: Group) -> list[str]:
@@ -160,3 +161,19 @@ async def test_episodes_that_wait_for_their_turn_when_the_group_is_cut_never_beg
     assert outcomes(group) == ["cancelled"] * 3
     assert sorted(len(episode.turns) for episode in group.episodes) == [0, 0, 1]
     assert objection_to(group, settings) == "late"
+
+
+async def test_with_slots_to_spare_all_that_may_be_in_hand_is_played_at_once(tmp_path: Path, tokenizer: Path) -> None:
+    settings = config(mode="async", max_lag=2, groups_per_step=2, num_spare=1, concurrency=64)
+    most = most_in_hand(group_size=3, groups_per_step=2, max_lag=2, num_spare=1)
+    assert most == 2 * 3 * 4
+    async with Play(tmp_path, tokenizer, settings, num_quick=0).open() as (workers, _):
+        running = asyncio.create_task(workers.run())
+        async with asyncio.timeout(30):
+            while workers.num_generating < most:
+                await asyncio.sleep(0.01)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert workers.num_generating == most
+        running.cancel()
+        await asyncio.wait((running,))
