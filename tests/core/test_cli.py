@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PALAESTRA = Path(sys.executable).with_name("palaestra")
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PALAESTRA, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("palaestra: ")
-    for word in words:
-        assert word in lines[0]
+from tests.commands import assert_one_line, run
 
 
 def test_envs_lists_ours_as_json() -> None:
