@@ -43,6 +43,7 @@ groups_per_step = 2
 concurrency = 4
 engine = "transformers"
 [train.engine_config]
+max_model_len = 256
 max_num_seqs = 8
 [train.sampling]
 max_tokens = 8

@@ -30,6 +30,7 @@ def measurements(**changes: object) -> Measurements:
     """10 tokens a turn; one request makes 100 tokens a second, two or more 200; a learner of 1000 tokens a second."""
     values: dict[str, object] = {
         "player": "model",
+        "context": 100,
         "episodes": (episode(),),
         "engine": (level(1, 100.0), level(2, 200.0)),
         "learner": (LearnerLevel(tokens=400, token_s=0.001),),
@@ -177,6 +178,7 @@ factors = st.floats(1.0, 4.0)
 measured_st = st.builds(
     Measurements,
     player=st.just("model"),
+    context=st.just(512),
     episodes=episodes_st,
     engine=st.tuples(speeds, speeds, speeds).map(
         lambda rates: tuple(level(c, r) for c, r in zip((1, 4, 16), rates, strict=True))

@@ -93,6 +93,14 @@ def test_the_fastest_measured_micro_batch_is_proposed() -> None:
     assert row(propose(measurements(learner=even), config()), "train.learner.max_micro_batch_tokens") == (400, 400)
 
 
+def test_a_micro_batch_shorter_than_a_conversation_is_not_proposed() -> None:
+    sizes = (LearnerLevel(tokens=200, token_s=0.001), LearnerLevel(tokens=400, token_s=0.002))
+    proposal = propose(measurements(learner=sizes, context=300), config())
+    assert row(proposal, "train.learner.max_micro_batch_tokens") == (400, 400)
+    nothing_else = propose(measurements(learner=sizes[:1], context=300), config())
+    assert row(nothing_else, "train.learner.max_micro_batch_tokens") == (400, 200), "memory takes no other"
+
+
 def test_a_micro_batch_that_did_not_fit_is_taken_back() -> None:
     fitted = (LearnerLevel(tokens=100, token_s=0.002), LearnerLevel(tokens=200, token_s=0.001))
     proposal = propose(measurements(learner=fitted), config())

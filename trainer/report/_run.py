@@ -59,7 +59,7 @@ def _comparison(
         return Comparison(rows=(), verdict=f"Not compared: {error}.")
     found = compare(predictions, conditions, steps)
     num_others = len(result.steps) - len(steps)
-    others = f" {num_others} steps were made with other settings, and are not counted." if num_others else ""
+    others = f" Not counted: {num_others} made with other settings." if num_others else ""
     return replace(found, verdict=found.verdict + others)
 
 

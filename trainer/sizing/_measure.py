@@ -149,6 +149,7 @@ class _Bench:
         bar.move_to(seconds)
         measured = Measurements(
             player="model" if played.is_model else "expert",
+            context=self._engine.max_model_len,
             episodes=played.work,
             engine=levels,
             learner=speed.levels,

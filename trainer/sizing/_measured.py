@@ -60,14 +60,15 @@ class GpuMemory:
 class Measurements:
     """Everything that was measured.
 
-    `player` says whose episodes they are. `learner_update_s` is what an update costs beside its tokens.
-    `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the engine has nothing to do.
-    `driver_s` are processor seconds of this process for each turn. `overhead` is how much longer real rollouts took
-    than the queueing model says; the slowdowns are how much slower engine and learner were at the same time than
-    alone. `cores` are the cores in use by phase and process.
+    `player` says whose episodes they are, `context` the most tokens that one can have. `learner_update_s` is what an
+    update costs beside its tokens. `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the
+    engine has nothing to do. `driver_s` are processor seconds of this process for each turn. `overhead` is how much
+    longer real rollouts took than the queueing model says; the slowdowns are how much slower engine and learner were at
+    the same time than alone. `cores` are the cores in use by phase and process.
     """
 
     player: Literal["model", "expert"]
+    context: int
     episodes: tuple[EpisodeWork, ...]
     engine: tuple[EngineLevel, ...]
     learner: tuple[LearnerLevel, ...]

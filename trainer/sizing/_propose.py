@@ -105,9 +105,14 @@ def _best(measured: Measurements, setting: Setting) -> tuple[Setting, Prediction
 
 
 def _best_micro_batch(measured: Measurements, setting: Setting) -> int:
-    """The measured size that learns fastest; the present one where no other gains anything worth a change."""
-    sizes = {level.tokens for level in measured.learner}
-    if setting.micro_batch_tokens <= max(sizes):
+    """The measured size that learns fastest; the present one where no other gains anything worth a change.
+
+    Sizes below the longest conversation, or the present size, are for where memory takes no others: they bound nothing.
+    """
+    least = min(measured.context, setting.micro_batch_tokens)
+    fitting = {level.tokens for level in measured.learner}
+    sizes = {size for size in fitting if size >= least} or fitting
+    if setting.micro_batch_tokens <= max(fitting):
         sizes.add(setting.micro_batch_tokens)
     learn_s = {size: predict(measured, replace(setting, micro_batch_tokens=size)).learn_s for size in sorted(sizes)}
     best = min(learn_s, key=lambda size: learn_s[size])
@@ -177,7 +182,7 @@ def _batch_rows(now: Setting) -> list[Change]:
 def _micro_batch_change(measured: Measurements, now: Setting, chosen: Setting) -> Change:
     key, size = "train.learner.max_micro_batch_tokens", chosen.micro_batch_tokens
     if size == now.micro_batch_tokens:
-        why = "no other measured size learns noticeably faster"
+        why = "no other measured size that holds a whole conversation learns noticeably faster"
     elif now.micro_batch_tokens > max(level.tokens for level in measured.learner):
         why = "the largest size that fitted into memory"
     else:
