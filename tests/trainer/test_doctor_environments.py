@@ -11,11 +11,12 @@ import pytest
 
 from palaestra.envs import EnvLimits, EnvSuite
 from palaestra.errors import WorkerError
+from palaestra.trainer._proc import inheritors
 from palaestra.trainer.doctor import Verdict
 from palaestra.trainer.doctor._census import Census
 from palaestra.trainer.doctor._env_worker import Played, Stay
 from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
-from palaestra.trainer.doctor._marks import find_marked
+from palaestra.trainer.doctor._marks import MARK
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.types import Episode, Failure, Outcome
 from tests.trainer.doctor_jobs import ECHO, LEAKY, forget_leases, path_for_children, register_toys
@@ -76,9 +77,9 @@ async def test_processes_that_left_the_family_are_found_and_ended_with_the_probe
     probe = probe_of(LEAKY, leak="orphans")
     _, stay = await probe.play_random(LEAKY, 2, 60.0)
     assert "2 processes stay behind after 2 episodes" in judge_stay(stay).detail
-    assert find_marked(probe.mark)
+    assert inheritors(MARK, probe.mark)
     await probe.aclose()
-    assert find_marked(probe.mark) == set()
+    assert inheritors(MARK, probe.mark) == set()
 
 
 async def test_environment_that_kills_its_process_is_told_and_the_next_one_plays(probe_of: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from palaestra.trainer.sizing._proc import descendants
+from palaestra.trainer._proc import descendants
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.commands import PALAESTRA, assert_one_line, run
 from tests.toys import WORDS

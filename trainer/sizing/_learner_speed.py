@@ -13,11 +13,11 @@ from statistics import median
 import numpy as np
 
 from palaestra.errors import WorkerError
+from palaestra.trainer._proc import available_mb, memory_mb
 from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.learner import LearnerConfig
 from palaestra.trainer.sizing._load import LearnerProcess
 from palaestra.trainer.sizing._measured import LearnerLevel
-from palaestra.trainer.sizing._proc import available_mb, memory_mb
 from palaestra.types import Trajectory
 
 _STILL = 1e-30

@@ -18,8 +18,8 @@ from palaestra.agents import Engine, Policy, Sampling, episode_seed, run_episode
 from palaestra.envs import EnvSuite
 from palaestra.errors import WorkerError
 from palaestra.resources import Resources
+from palaestra.trainer._proc import cpu_seconds, descendants, machine_seconds, tree_seconds
 from palaestra.trainer.learner import Learner
-from palaestra.trainer.sizing._proc import cpu_seconds, descendants, machine_seconds, tree_seconds
 from palaestra.types import Episode
 
 Slot = Callable[[], Coroutine[Any, Any, None]]

@@ -1,4 +1,4 @@
-"""Processor time and memory of processes, read from /proc; what has ended counts as nothing."""
+"""Processes as /proc shows them: family, marks, processor time, memory. What has ended counts as nothing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,27 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
 
 
+def parents_of_all() -> dict[int, int]:
+    """The parent of every live process; one that ended and was not waited for is not among them."""
+    stats = {int(path.name): _stat(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
+    return {pid: int(fields[1]) for pid, fields in stats.items() if fields and fields[0] != "Z"}
+
+
 def descendants(pid: int, *, without: Collection[int] = ()) -> set[int]:
     """Processes below `pid`, whatever their session; `without` and what is below those are left out."""
-    parents = {int(path.name): _parent(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
+    parents = parents_of_all()
     found: set[int] = set()
     frontier = {pid}
     while frontier:
         frontier = {child for child, parent in parents.items() if parent in frontier} - found - set(without)
         found |= frontier
     return found
+
+
+def inheritors(variable: str, value: str) -> set[int]:
+    """Live processes that were started with this environment variable, whoever their parent is now; never this one."""
+    entry = f"{variable}={value}".encode()
+    return {pid for pid in parents_of_all() if pid != os.getpid() and entry in _environ(pid)}
 
 
 def tree_seconds(pid: int, *, without: Collection[int] = ()) -> float:
@@ -48,6 +60,11 @@ def memory_mb(pid: int, *, is_peak: bool = False) -> float:
     return _kb(Path("/proc", str(pid), "status"), "VmHWM" if is_peak else "VmRSS") / _KB_PER_MB
 
 
+def share_mb(pid: int) -> float:
+    """Memory of a process now, pages that several share counted in part with each; 0 where we may not look."""
+    return _kb(Path("/proc", str(pid), "smaps_rollup"), "Pss") / _KB_PER_MB
+
+
 def available_mb() -> float:
     """Memory of the machine that can be had without swapping."""
     return _kb(Path("/proc/meminfo"), "MemAvailable") / _KB_PER_MB
@@ -61,9 +78,11 @@ def _kb(path: Path, name: str) -> float:
     return next((float(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0.0)
 
 
-def _parent(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0
+def _environ(pid: int) -> list[bytes]:
+    try:
+        return Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile, or another user's
+        return []
 
 
 def _stat(pid: int) -> list[str]:
