@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palaestra.agents.engines._limits import fit_context
-from palaestra.agents.renderers._marker import read_marker
+from palaestra.agents.engines import fit_context
+from palaestra.agents.renderers import read_marker
 from palaestra.trainer.doctor._machine import Machine
 from palaestra.trainer.doctor._rules import Hint, drop, rule
 from palaestra.trainer.doctor._subject import NewModel, Subject
