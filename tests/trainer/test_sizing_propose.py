@@ -156,9 +156,11 @@ def test_a_loss_without_clipping_stays_synchronous() -> None:
     assert "train.mode" not in proposal.assignments
 
 
-def test_the_prediction_of_the_proposal_is_that_of_its_settings() -> None:
-    measured = measurements(engine=FLAT_FROM_4)
-    before = config(concurrency=1)
+@pytest.mark.parametrize("slowdown", [1.0, 4.0])
+@pytest.mark.parametrize("mode", ["sync", "one-step", "async"])
+def test_the_prediction_of_the_proposal_is_that_of_its_settings(mode: str, slowdown: float) -> None:
+    measured = measurements(engine=FLAT_FROM_4, engine_slowdown=slowdown, learner_slowdown=slowdown)
+    before = config(concurrency=1, mode=mode)
     proposal = propose(measured, before)
     values = override({"train": before.model_dump(exclude_unset=True)}, proposal.assignments)
     again = propose(measured, GRPOConfig.parse(values["train"]))
