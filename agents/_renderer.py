@@ -17,6 +17,8 @@ class Renderer(Protocol):
 
     stop_ids: tuple[int, ...]
     """Tokens that end an assistant message."""
+    num_blind: int
+    """Extensions so far that were put together without the family's template, which would have rewritten history."""
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         """Ids of the conversation so far, ending where the assistant begins to speak."""

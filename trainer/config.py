@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -79,15 +80,16 @@ class GRPOConfig(Config):
         is_exact = self.mode == "sync" and self.engine == "transformers"
         return self.engine_config.model_copy(update={"batch_invariant": "always" if is_exact else "never"})
 
+    @property
+    def derived_keys(self) -> frozenset[str]:
+        """Keys that say what the others say already, so that nobody need have chosen them."""
+        derived = _derived({name: getattr(self, name) for name in self.model_fields_set})
+        return frozenset(name for name, value in derived.items() if getattr(self, name) == value)
+
     @model_validator(mode="before")
     @classmethod
     def _derive_defaults(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        lags = {"sync": {"max_lag": 0}, "one-step": {"max_lag": 1}}
-        limit_s = values.get("step_timeout_s")
-        timeout = {"group_timeout_s": limit_s / 2} if isinstance(limit_s, int | float) else {}
-        return {**lags.get(str(values.get("mode")), {}), **timeout, **values}
+        return {**_derived(values), **values} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:
@@ -118,3 +120,11 @@ class GRPOConfig(Config):
         if self.advantage not in advantage_names():
             raise ValueError(f"unknown advantage {self.advantage!r}{nearest(self.advantage, advantage_names())}")
         return self
+
+
+def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What given keys make of those that are left out."""
+    lags = {"sync": {"max_lag": 0}, "one-step": {"max_lag": 1}}
+    limit_s = values.get("step_timeout_s")
+    timeout = {"group_timeout_s": limit_s / 2} if isinstance(limit_s, int | float) else {}
+    return {**lags.get(str(values.get("mode")), {}), **timeout}

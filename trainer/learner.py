@@ -142,7 +142,7 @@ class LocalLearner:
 
         Raises `ConfigError` when the model does not load, `WorkerError` when the process dies or is late.
         """
-        local_or_hub = _check_model_path(model_path)
+        local_or_hub = check_model_path(model_path)
         loss_module = find_loss(config.loss.name).function.__module__
         if loss_module == "__main__":
             raise ConfigError(f"loss {config.loss.name!r} is defined in a script; move it to a module, for the learner")
@@ -217,8 +217,8 @@ class LocalLearner:
         await self.aclose()
 
 
-def _check_model_path(model_path: str | Path) -> str:
-    """Find obvious mistakes here, before a process spends seconds on its imports."""
+def check_model_path(model_path: str | Path) -> str:
+    """The folder or hub name; raises `ConfigError` for obvious mistakes, before a process spends seconds on imports."""
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

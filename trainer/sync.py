@@ -48,8 +48,8 @@ class WeightSync:
         self._folder: Path | None = None
 
     def __enter__(self) -> WeightSync:
-        parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-        _sweep(parent or Path(tempfile.gettempdir()))
+        parent = publish_place()
+        _sweep(parent)
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
         return self
 
@@ -115,6 +115,11 @@ class WeightSync:
                 f"it is {from_old:.3g} nats from those, and {disagreement:.3g} from the published ones"
             )
         self._noise = max(self._noise, disagreement)
+
+
+def publish_place() -> Path:
+    """The folder below which weights are published: shared memory, or where there is none, the temporary folder."""
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def strain(mean: float, largest: float, tolerance: float) -> float:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from palaestra.agents.engines._config import EngineConfig
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What a model's name on the hub looks like; anything else is a folder."""
 
 _log = logging.getLogger("palaestra")
 
@@ -40,6 +44,8 @@ def _num_positions(model_path: str) -> int | None:
 def _config_file(model_path: str) -> Path | None:
     if Path(model_path).is_dir():
         return Path(model_path) / "config.json"
+    if not HUB_NAME.fullmatch(model_path):
+        return None
     from huggingface_hub import hf_hub_download
 
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +18,9 @@ from numpy.typing import NDArray
 
 from palaestra.agents._engine import Completion, EngineStats, Sampling
 from palaestra.agents.engines._config import EngineConfig
-from palaestra.agents.engines._limits import fit_context
+from palaestra.agents.engines._limits import HUB_NAME, fit_context
 from palaestra.errors import ConfigError, ContextFullError, PolicyError
 from palaestra.processes import WorkerProcess
-
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class WorkerSetup(NamedTuple):
@@ -201,6 +198,6 @@ def _local_path(model_path: str | Path) -> str:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is not a model folder: it has no config.json")
         return str(folder.resolve())
-    if not _HUB_NAME.fullmatch(str(model_path)):
+    if not HUB_NAME.fullmatch(str(model_path)):
         raise ConfigError(f"no such model folder: {folder}")
     return str(model_path)

@@ -40,10 +40,15 @@ def family_of(model: Path | str, family: str | None = None) -> str | None:
     None too for a model of ours, which has a format of its own.
     """
     folder = Path(model).expanduser()
-    marker = read_marker(folder)
-    if marker.get("renderer") == "compact":
+    if has_own_format(folder):
         return None
+    marker = read_marker(folder)
     return family or marker.get("family") or _by_hub_name(str(model)) or _by_architecture(folder)
+
+
+def has_own_format(model: Path | str) -> bool:
+    """Whether this is the folder of a model made by `palaestra`, whose chat format is its own."""
+    return read_marker(Path(model).expanduser()).get("renderer") == "compact"
 
 
 def mark_family(folder: Path, family: str | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from palaestra.agents._renderer import Renderer
-from palaestra.agents.renderers._marker import family_of, read_marker
+from palaestra.agents.renderers._marker import family_of, has_own_format
 
 
 def open_renderer(model_path: Path | str, *, family: str | None = None, is_thinking: bool = False) -> Renderer:
@@ -19,7 +19,7 @@ def open_renderer(model_path: Path | str, *, family: str | None = None, is_think
     Raises `ConfigError` when no append-only renderer is known.
     """
     folder = Path(model_path).expanduser()
-    if read_marker(folder).get("renderer") == "compact":
+    if has_own_format(folder):
         from palaestra.agents.renderers.compact import CompactRenderer
 
         return CompactRenderer.from_folder(folder)

@@ -48,6 +48,8 @@ cannot keep control tokens spelled out in an observation from being read as cont
 class CompactRenderer:
     """Renders, extends and parses the compact format with one tokenizer."""
 
+    num_blind = 0
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
         missing = [token for token, number in ids.items() if number is None]

@@ -38,6 +38,7 @@ class FamilyRenderer:
         self._family = family
         self._tokenizer = PlainTextTokenizer(tokenizer)
         self._renderer = _create(self._tokenizer, family, is_thinking)
+        self.num_blind = 0
         self.stop_ids: tuple[int, ...] = tuple(self._renderer.get_stop_token_ids())
         self._opening = self._prompt([_OPENING], ())
         self._check()
@@ -53,6 +54,7 @@ class FamilyRenderer:
         prompt, last = (given[:-1], given[-1:]) if closed else (given, [])
         extended = self._bridge(prompt, last, messages)
         if extended is None or extended[: len(given)] != given:
+            self.num_blind += 1
             extended = self._extend_blindly(given, last, messages)
         return extended
 

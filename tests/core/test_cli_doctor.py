@@ -80,6 +80,13 @@ def test_folder_that_is_no_run(tmp_path: Path, text: str | None, words: str) -> 
         load_subject(str(tmp_path), (), ())
 
 
+def test_model_folder_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
+    with pytest.raises(ConfigError, match="is a model folder, not a job: name it in a TOML file") as caught:
+        load_subject(str(tmp_path), (), ())
+    assert f"palaestra doctor quickstart --set model={tmp_path}" in str(caught.value)
+
+
 def test_mistakes_are_told_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(JOB + "stepz = 3\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,13 +27,15 @@ CPU = Machine(num_cores=2, free_mb=8000)
 GPU = Machine(num_cores=2, free_mb=8000, gpu_free_mb=70_000, gpu_total_mb=80_000)
 
 ECHO, LEAKY = "test/Echo-v0", "test/Leaky-v0"
+PLANTED = "/tmp/palaestra-planted-"
+"""Where files are planted outside the probe's own folder, and under this name in /dev/shm."""
 
 
 class Leaky(Env):
     """Say the word. `leak` names what each episode leaves behind, `reward_for` who is paid."""
 
     num_tasks: Mapping[Split, int] = {"train": 600, "validation": 60, "test": 60}
-    default_limits = EnvLimits(max_turns=4, tool_s=0.5, episode_s=5.0)
+    default_limits = EnvLimits(max_turns=4, tool_s=0.5, episode_s=5.0, setup_s=30.0)
     env_id = LEAKY
     kept: ClassVar[list[object]] = []
 
@@ -47,6 +53,15 @@ class Leaky(Env):
 
     async def begin(self, task: Task) -> Observation:
         self._said = ""
+        self._is_judged = False
+        if self.leak == "early":
+            descriptor = os.open("/dev/null", os.O_RDONLY)
+            await asyncio.sleep(0.02)  # a cut here leaves it open
+            os.close(descriptor)
+        if self.leak == "stuck":
+            await asyncio.Event().wait()
+        if self.leak == "broken":
+            raise RuntimeError("the shop is closed")
         self._leave_something()
         return (Message("user", f"say {task.data['word']}"),)
 
@@ -60,6 +75,18 @@ class Leaky(Env):
                 subprocess.Popen(["sleep", "600"], start_new_session=True)
             case "files":
                 tempfile.mkdtemp()
+            case "nested":
+                folder = Path(tempfile.gettempdir(), "cache", "deep")
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(time.monotonic_ns())).write_text("x")
+            case "absolute":
+                Path(f"{PLANTED}{time.monotonic_ns()}").write_text("x")
+            case "childs":
+                subprocess.run(["touch", f"{PLANTED}{time.monotonic_ns()}"], check=True)
+            case "shared":
+                shared_memory.SharedMemory(f"{Path(PLANTED).name}{time.monotonic_ns()}", create=True, size=64).close()
+            case "threads":
+                threading.Thread(target=threading.Event().wait, daemon=True).start()
             case "leases":
                 lease_id = f"doctor-test-{os.getpid()}-{len(self.kept)}"
                 handle = process_handle(os.getpid())
@@ -70,7 +97,15 @@ class Leaky(Env):
                 os._exit(3)
 
     async def verify(self) -> Mapping[str, float]:
-        return {"success": float(self.is_always_solved or self._said == self.task.data["word"])}
+        self._is_judged = True
+        is_solved = self.is_always_solved or self._said == self.task.data["word"]
+        if self.leak == "success" and is_solved:
+            os.open("/dev/null", os.O_RDONLY)
+        return {"success": float(is_solved)}
+
+    async def end(self) -> None:
+        if self.leak == "failure" and not self._is_judged:
+            os.open("/dev/null", os.O_RDONLY)
 
     @tool
     async def say(self, word: str) -> str:
@@ -117,8 +152,11 @@ def path_for_children() -> str:
     return os.pathsep.join(filter(None, paths))
 
 
-def forget_leases() -> None:
-    """Remove the leases that `Leaky` left on the machine's list."""
+def forget_plants() -> None:
+    """Remove what `Leaky` left on the machine: files, shared memory, and leases on its list."""
+    for folder in ("/tmp", "/dev/shm"):
+        for path in Path(folder).glob(f"{Path(PLANTED).name}*"):
+            path.unlink(missing_ok=True)
     from palaestra.sandboxes._records import forget, list_leases
 
     for lease in list_leases():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvLimits, EnvSuite
 from palaestra.resources import Resources
 from palaestra.trainer.doctor import Verdict
-from palaestra.trainer.doctor._conversations import check_calls, check_template, hard_calls, hard_values
+from palaestra.trainer.doctor._check import Finding
+from palaestra.trainer.doctor._conversations import check_calls, hard_calls, hard_values, judge_template, transcribe
 from palaestra.trainer.doctor._env_worker import Played
 from palaestra.trainer.tiny import make_tokenizer
-from palaestra.types import Message, ToolSpec
+from palaestra.types import Episode, Message, ToolSpec
+from tests.agents.renderers.conftest import qwen_folder as qwen_folder
 from tests.toys import WORDS, call, register_echo
 
 register_echo()
@@ -47,13 +50,25 @@ class Changed:
     def __init__(self, inner: Renderer, fault: str) -> None:
         self._inner = inner
         self._fault = fault
+        self._num_started = 0
+        self.num_blind = 0
         self.stop_ids = () if fault == "stop" else inner.stop_ids
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
+        self._num_started += 1
+        match self._fault:
+            case "counts":  # as a template does that tells the number of messages
+                return [len(messages), *self._inner.start(messages, tools)]
+            case "clock":  # or one that tells the time
+                return [self._num_started, *self._inner.start(messages, tools)]
+            case "trims":  # or one that leaves out what was thought in earlier turns
+                kept = [replace(m, content="") if m.role == "assistant" else m for m in messages]
+                return self._inner.start(kept, tools)
         return self._inner.start(messages, tools)
 
     def extend(self, ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
         extended = self._inner.extend(ids, messages)
+        self.num_blind += self._fault == "blind"
         return extended[1:] if self._fault == "history" else extended
 
     def parse(self, ids: Sequence[int], tools: Sequence[ToolSpec]) -> Message:
@@ -65,10 +80,15 @@ class Changed:
         return self._inner.encode_reply(message, tools)
 
 
+def check_template(played: Mapping[str, Played], renderer: Renderer, max_model_len: int) -> Finding:
+    return judge_template(transcribe(played, renderer), renderer, max_model_len)
+
+
 def test_our_format_appends_and_comes_back(played: dict[str, Played], renderer: Renderer) -> None:
     finding = check_template(played, renderer, 512)
     assert finding.verdict is Verdict.OK
     assert "of 512 tokens" in finding.detail
+    assert "3 conversations are the same rendered at once" in finding.detail
     finding = check_calls(played, renderer)
     assert finding.verdict is Verdict.OK, finding.detail
 
@@ -81,6 +101,46 @@ def test_format_that_rewrites_history_fails(played: dict[str, Played], renderer:
 
 def test_format_without_a_stop_token_fails(played: dict[str, Played], renderer: Renderer) -> None:
     assert check_template(played, Changed(renderer, "stop"), 512).verdict is Verdict.FAILURE
+
+
+@pytest.mark.parametrize(("fault", "where"), [("counts", "token 0 of"), ("clock", "token 0 of"), ("trims", "token ")])
+def test_format_that_renders_other_tokens_at_once_is_a_warning(
+    played: dict[str, Played], renderer: Renderer, fault: str, where: str
+) -> None:
+    finding = check_template(aloud(played), Changed(renderer, fault), 512)
+    assert finding.verdict is Verdict.WARNING
+    assert "3 of 3 conversations of several turns are other tokens when rendered at once" in finding.detail
+    assert where in finding.detail
+    assert check_template(aloud(played), renderer, 512).verdict is Verdict.OK
+
+
+def aloud(played: dict[str, Played]) -> dict[str, Played]:
+    """The same conversations, with words before each call."""
+
+    def speak(episode: Episode) -> Episode:
+        said = (replace(m, content="bee") if m.role == "assistant" else m for m in episode.messages)
+        return replace(episode, messages=tuple(said))
+
+    return {name: each._replace(episodes=tuple(map(speak, each.episodes))) for name, each in played.items()}
+
+
+def test_published_format_that_strips_thoughts_is_told(qwen_folder: Path, played: dict[str, Played]) -> None:
+    thinking = open_renderer(qwen_folder, family="qwen3", is_thinking=True)
+    finding = check_template(played, thinking, 4096)
+    assert finding.verdict is Verdict.WARNING
+    assert "3 of 3 conversations of several turns are other tokens" in finding.detail
+    plain = check_template(played, open_renderer(qwen_folder, family="qwen3"), 4096)
+    assert plain.verdict is Verdict.OK, plain.detail
+
+
+def test_blind_extensions_are_counted(played: dict[str, Played], renderer: Renderer) -> None:
+    finding = check_template(played, Changed(renderer, "blind"), 512)
+    assert finding.verdict is Verdict.WARNING
+    assert "12 of 21 extensions are blind" in finding.detail
+
+
+def test_template_that_nothing_was_rendered_with_proves_nothing(renderer: Renderer) -> None:
+    assert check_template({}, renderer, 512).verdict is Verdict.SKIPPED
 
 
 def test_expert_that_hardly_fits_is_a_warning(played: dict[str, Played], renderer: Renderer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +20,18 @@ from palaestra.trainer.doctor._environments import judge_latency, judge_play, ju
 from palaestra.trainer.doctor._marks import MARK
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.types import Episode, Failure, Outcome
-from tests.trainer.doctor_jobs import ECHO, LEAKY, forget_leases, path_for_children, register_toys
+from tests.trainer.doctor_jobs import ECHO, LEAKY, forget_plants, path_for_children, register_toys
 from tests.trainer.test_ledger import make_group
 
 register_toys()
-STILL = Census(processes=1, descriptors=9, leases=0, files=0, own_mb=100, all_mb=120)
+STILL = Census(processes=1, descriptors=9, threads=1, leases=0, files=0, strays=frozenset(), own_mb=100, all_mb=120)
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", path_for_children())
     yield
-    forget_leases()
+    forget_plants()
 
 
 @pytest.fixture
@@ -48,35 +49,58 @@ async def probe_of(tmp_path: Path) -> AsyncIterator[Any]:
 
 
 async def test_clean_environment_leaves_nothing(probe_of: Any) -> None:
-    played, stay = await probe_of(LEAKY).play_random(LEAKY, 4, 60.0)
+    played, stay = await probe_of(LEAKY).play_rounds(LEAKY, 8, 60.0)
     finding = judge_stay(stay)
     assert finding.verdict is Verdict.OK, finding.detail
-    assert len(played.episodes) == 12
-    assert len(played.seconds["begin"]) == len(played.seconds["end"]) == 12
+    assert "12 scored" in finding.detail, "in each round three of random calls and one of the expert"
+    assert len(played.episodes) == 9
+    assert len(played.seconds["begin"]) == len(played.seconds["end"]) == 9
 
 
 @pytest.mark.parametrize(
     ("leak", "words"),
     [
-        ("descriptors", "4 open descriptors stay behind after 4 episodes"),
-        ("processes", "4 processes stay behind after 4 episodes"),
-        ("files", "4 temporary files stay behind after 4 episodes"),
-        ("leases", "4 sandbox leases stay behind after 4 episodes"),
+        ("descriptors", "[78] open descriptors stay behind after 8 episodes"),
+        ("processes", "[78] processes stay behind after 8 episodes"),
+        ("threads", "[78] threads stay behind after 8 episodes"),
+        ("files", "[78] files stay behind after 8 episodes"),
+        ("nested", "[78] files stay behind after 8 episodes"),
+        ("absolute", "[78] files stay behind after 8 episodes"),
+        ("leases", "[78] sandbox leases stay behind after 8 episodes"),
+        ("failure", "[123] open descriptors stay behind after 8 episodes"),
+        ("success", "[12345] open descriptors stay behind after 8 episodes"),
+        ("early", "1 open descriptors stay behind after 8 episodes"),
     ],
 )
 async def test_planted_leak_is_found(probe_of: Any, leak: str, words: str) -> None:
-    _, stay = await probe_of(LEAKY, leak=leak).play_random(LEAKY, 4, 60.0)
+    _, stay = await probe_of(LEAKY, leak=leak).play_rounds(LEAKY, 8, 60.0)
     finding = judge_stay(stay)
     assert finding.verdict is Verdict.FAILURE
-    assert words in finding.detail
+    assert re.search(words, finding.detail), finding.detail
     assert "end()" in finding.remedy
+
+
+@pytest.mark.parametrize(("leak", "folder"), [("childs", "/tmp"), ("shared", "/dev/shm")])
+async def test_what_others_may_have_left_in_common_folders_is_a_warning(probe_of: Any, leak: str, folder: str) -> None:
+    _, stay = await probe_of(LEAKY, leak=leak).play_rounds(LEAKY, 8, 60.0)
+    finding = judge_stay(stay)
+    assert finding.verdict is Verdict.WARNING
+    assert f"such as {folder}/palaestra-planted-" in finding.detail
+
+
+async def test_environment_whose_every_episode_fails_proves_nothing(probe_of: Any) -> None:
+    _, stay = await probe_of(LEAKY, leak="broken").play_rounds(LEAKY, 8, 60.0)
+    finding = judge_stay(stay)
+    assert finding.verdict is Verdict.SKIPPED
+    assert "nothing was proved: none of 24 episodes was scored" in finding.detail
+    assert "RuntimeError: the shop is closed" in finding.detail
 
 
 @pytest.mark.slow
 async def test_processes_that_left_the_family_are_found_and_ended_with_the_probe(probe_of: Any) -> None:
     probe = probe_of(LEAKY, leak="orphans")
-    _, stay = await probe.play_random(LEAKY, 2, 60.0)
-    assert "2 processes stay behind after 2 episodes" in judge_stay(stay).detail
+    _, stay = await probe.play_rounds(LEAKY, 8, 60.0)
+    assert re.search("[78] processes stay behind after 8 episodes", judge_stay(stay).detail)
     assert inheritors(MARK, probe.mark)
     await probe.aclose()
     assert inheritors(MARK, probe.mark) == set()
@@ -85,7 +109,7 @@ async def test_processes_that_left_the_family_are_found_and_ended_with_the_probe
 async def test_environment_that_kills_its_process_is_told_and_the_next_one_plays(probe_of: Any) -> None:
     probe = probe_of(LEAKY, leak="crash")
     with pytest.raises(WorkerError, match="the process of the environments ended with 3"):
-        await probe.play_random(LEAKY, 2, 60.0)
+        await probe.play_rounds(LEAKY, 2, 60.0)
     with pytest.raises(WorkerError, match="ended with 3"):
         await probe.play_well(LEAKY, 2, 60.0)
 
@@ -173,18 +197,18 @@ def test_latency_tells_median_and_tail_and_warns_near_the_limit() -> None:
 
 def test_what_grows_once_is_no_leak_and_what_is_left_at_the_end_is() -> None:
     grown = replace(STILL, processes=5, descriptors=20)
-    assert judge_stay(Stay(STILL, (STILL, grown, grown), STILL, 4)).verdict is Verdict.OK
-    finding = judge_stay(Stay(STILL, (grown, grown, grown), replace(STILL, processes=2), 4))
+    assert judge_stay(Stay(STILL, (STILL, grown, grown), STILL, 4, 9)).verdict is Verdict.OK
+    finding = judge_stay(Stay(STILL, (grown, grown, grown), replace(STILL, processes=2), 4, 9))
     assert finding.verdict is Verdict.FAILURE
     assert "1 processes are left when the environment's parts are closed" in finding.detail
 
 
 def test_memory_that_grows_with_every_round_is_a_warning() -> None:
     rounds = tuple(replace(STILL, own_mb=mb) for mb in (100, 200, 300))
-    finding = judge_stay(Stay(STILL, rounds, STILL, 4))
+    finding = judge_stay(Stay(STILL, rounds, STILL, 4, 9))
     assert finding.verdict is Verdict.WARNING
     assert "memory grows by 100 MB" in finding.detail
-    assert used_mb(Stay(STILL, (replace(STILL, all_mb=150),), STILL, 4)) == 50
+    assert used_mb(Stay(STILL, (replace(STILL, all_mb=150),), STILL, 4, 9)) == 50
 
 
 def test_toys_are_registered_under_their_ids() -> None:

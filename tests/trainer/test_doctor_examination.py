@@ -77,7 +77,7 @@ async def test_dead_engine_hides_no_other_row(model: str, monkeypatch: pytest.Mo
     learner_that(monkeypatch, ToyLearner())
     checks = await examine(make_subject(model, train={"concurrency": 4}), SilentDisplay())
     of_env = [f"{what} {ECHO}" for what in ("environment", "reward", "latency", "leaks")]
-    assert [check.name for check in checks] == ["settings", *of_env, *OF_THE_MODEL]
+    assert [check.name for check in checks] == ["settings", *of_env, "environments", *OF_THE_MODEL]
     rows = by_name(checks)
     assert rows["engine"].verdict is Verdict.FAILURE
     assert "WorkerError: vllm was killed by SIGKILL" in rows["engine"].detail
@@ -112,14 +112,46 @@ async def test_environments_with_faults_of_each_kind(model: str, monkeypatch: py
     assert rows[f"reward {LEAKY}"].verdict is not Verdict.OK
 
 
+async def test_environments_that_are_not_reached_in_time_are_named(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from palaestra.trainer.doctor import _environment_checks as environment_checks
+
+    engine_that(monkeypatch, ConfigError("no"))
+    learner_that(monkeypatch, ConfigError("no"))
+    monkeypatch.setattr(environment_checks, "_ALL_S", 6.0)
+    suite = {"options": {LEAKY: {"leak": "stuck"}}}
+    subject = make_subject(model, weights={LEAKY: 1.0, ECHO: 1.0}, suite=suite, train={"concurrency": 4})
+    checks = await examine(subject, SilentDisplay())
+    rows = by_name(checks)
+    assert len(rows) == len(checks) == 2 * 4 + 1 + 1 + len(OF_THE_MODEL)
+    assert rows["environments"].verdict is Verdict.WARNING
+    assert rows["environments"].detail == f"not reached in 6 s, wholly or in part: {LEAKY}, {ECHO}"
+    assert rows[f"environment {ECHO}"].verdict is Verdict.SKIPPED
+    assert "was not reached" in rows[f"environment {ECHO}"].detail
+    assert rows[f"leaks {ECHO}"].verdict is Verdict.SKIPPED
+
+
 async def test_model_that_is_not_there_leaves_the_environments_rows(tmp_path: Path) -> None:
     rows = by_name(await examine(make_subject(str(tmp_path / "none"), train={"concurrency": 2}), SilentDisplay()))
-    for name in ("model", "engine", "learner", "memory"):
-        assert rows[name].verdict is Verdict.FAILURE, rows[name]
-        assert "none" in rows[name].detail
-    for name in ("template", "tool calls", "variance", "agreement"):
-        assert rows[name].verdict is Verdict.SKIPPED
+    assert rows["model"].verdict is Verdict.FAILURE
+    assert rows["model"].detail == f"ConfigError: no such model folder: {tmp_path / 'none'}"
+    assert rows["settings"].verdict is Verdict.OK, "a job is not blamed for a model that is not there"
+    for name in ("engine", "learner", "template", "tool calls", "variance", "agreement", "memory"):
+        assert rows[name].verdict is Verdict.SKIPPED, rows[name]
     assert rows[f"leaks {ECHO}"].verdict is Verdict.OK
+
+
+async def test_relative_folder_that_is_not_there_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: object) -> str:
+        raise OSError("no such repository\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    rows = by_name(await examine(make_subject("models/smal", train={"concurrency": 2}), SilentDisplay()))
+    assert "no model folder 'models/smal', nor a hub model that can be reached: no such repo" in rows["model"].detail
+    assert "second line" not in rows["model"].detail
+    assert rows["settings"].verdict is Verdict.OK
+    assert {rows[name].verdict for name in ("engine", "learner", "template", "memory")} == {Verdict.SKIPPED}
 
 
 @pytest.mark.slow
@@ -240,12 +272,12 @@ def test_doctor_runs_every_check_of_a_small_job(job: Path) -> None:
     answer = json.loads(done.stdout)
     assert answer["ok"]
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in answer["checks"]}
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert "none of" in rows["settings"]["detail"]
     assert "16 episodes of its expert" in rows[f"environment {DESK}"]["detail"]
     assert "100% solved" in rows[f"reward {DESK}"]["detail"]
     assert "median / 90 %: reset" in rows[f"latency {DESK}"]["detail"]
-    assert "nothing stays behind after 24 episodes" in rows[f"leaks {DESK}"]["detail"]
+    assert "nothing stays behind after 24 episodes (12 scored" in rows[f"leaks {DESK}"]["detail"]
     assert "stop tokens" in rows["model"]["detail"]
     assert "contexts of 512 tokens" in rows["engine"]["detail"]
     assert "loaded" in rows["learner"]["detail"]

@@ -125,6 +125,14 @@ def test_groups_without_variance_do_not_move_grpo() -> None:
     assert judge_variance(group_of(0.0, 1.0, 0.0, 0.0), CONFIG, is_new=False).verdict is Verdict.OK
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_no_group_with_two_rewards_tells_nothing(is_new: bool) -> None:
+    config = CONFIG.model_copy(update={"max_failure_rate": 1.0})
+    finding = judge_variance(group_of(None, None, None, 1.0), config, is_new=is_new)
+    assert finding.verdict is Verdict.WARNING
+    assert "nothing is known of variance" in finding.detail
+
+
 def test_of_a_model_before_imitation_it_is_only_told() -> None:
     finding = judge_variance(group_of(0.0, 0.0, 0.0, 0.0), CONFIG, is_new=True)
     assert finding.verdict is Verdict.OK

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from palaestra.agents import Renderer
 from palaestra.errors import PolicyError
-from palaestra.trainer.doctor._check import Finding, failure, ok, warning
+from palaestra.trainer.doctor._check import Finding, failure, ok, skipped, together, warning
 from palaestra.trainer.doctor._env_worker import Played
 from palaestra.types import Episode, JsonObject, Message, ToolCall, ToolSpec
 
@@ -30,56 +31,126 @@ _INTEGERS = (0, -1, 7, 10**12)
 _NUMBERS = (0.5, -2.25, 1e-9, 3.0)
 
 
-def check_template(played: Mapping[str, Played], renderer: Renderer, max_model_len: int) -> Finding:
-    """Whether every prompt starts with exactly the ids before it, over whole episodes."""
+@dataclass(slots=True)
+class Transcript:
+    """A conversation of an expert in tokens, built turn by turn as a policy lives it, and what was seen on the way."""
+
+    task_id: str
+    env_id: str
+    ids: list[int] = field(default_factory=list)
+    num_turns: int = 0
+    num_extensions: int = 0
+    num_blind: int = 0
+    rewritten_at: int | None = None
+    """The first turn whose prompt does not start with the tokens before it."""
+    differs_at: int | None = None
+    """The first token that is another one when the conversation is rendered at once."""
+
+
+def transcribe(played: Mapping[str, Played], renderer: Renderer) -> list[Transcript]:
+    """Every expert's conversation; none where no reply can end."""
+    if not renderer.stop_ids:
+        return []
+    return [
+        _transcribe(episode, each.tools, renderer, env_id)
+        for env_id, each in played.items()
+        for episode in each.episodes
+        if episode.messages
+    ]
+
+
+def judge_template(transcripts: Sequence[Transcript], renderer: Renderer, max_model_len: int) -> Finding:
+    """Whether history stays as it was, turn by turn and rendered at once, and fits."""
     if not renderer.stop_ids:
         return failure("the chat format has no token that ends a reply", "give the model's family")
-    lengths: dict[str, int] = {}
-    num_turns = 0
-    for env_id, each in played.items():
-        for episode in each.episodes:
-            prompts = 0
-            for before, after in _growing(episode, each.tools, renderer):
-                if after[: len(before)] != before:
-                    return failure(
-                        f"{episode.task.id}: prompt {prompts} does not start with the tokens before it",
-                        "take another model or family: only append-only chat formats can be trained on",
-                    )
-                prompts += 1
-                lengths[env_id] = max(lengths.get(env_id, 0), len(after))
-            num_turns += prompts
-    longest, env_id = max(((length, env_id) for env_id, length in lengths.items()), default=(0, ""))
-    detail = f"{num_turns} extensions only append; the longest episode has {longest} of {max_model_len} tokens"
-    if longest > _NEARLY * max_model_len:
-        return warning(f"{detail}, in {env_id}", "raise engine_config.max_model_len, or shorten what it says")
-    return ok(detail)
+    if not transcripts:
+        return skipped("no conversation was played to render")
+    for each in transcripts:
+        if each.rewritten_at is not None:
+            return failure(
+                f"{each.task_id}: prompt {each.rewritten_at} does not start with the tokens before it",
+                "take another model or family: only append-only chat formats can be trained on",
+            )
+    longest = max(transcripts, key=lambda each: len(each.ids))
+    num_extensions, num_blind = (sum(getattr(t, name) for t in transcripts) for name in ("num_extensions", "num_blind"))
+    several = [each for each in transcripts if each.num_turns > 1]
+    other = [each for each in several if each.differs_at is not None]
+    findings = []
+    if other:
+        detail = (
+            f"{len(other)} of {len(several)} conversations of several turns are other tokens when rendered at once, "
+            f"such as {other[0].task_id} from token {other[0].differs_at} of {len(other[0].ids)} on"
+        )
+        findings.append(warning(detail, "serve it turn by turn, as here, or take a format that keeps earlier turns"))
+    if num_blind:
+        detail = f"{num_blind} of {num_extensions} extensions are blind: the format would have rewritten history"
+        findings.append(warning(detail, "expect prompts that the model was not made for, or take another family"))
+    room = f"the longest episode has {len(longest.ids)} of {max_model_len} tokens"
+    if len(longest.ids) > _NEARLY * max_model_len:
+        remedy = "raise engine_config.max_model_len, or shorten what it says"
+        findings.append(warning(f"{room}, in {longest.env_id}", remedy))
+    well = f"{num_extensions} extensions only append; {len(several)} conversations are the same rendered at once"
+    return together(findings, f"{well}; {room}")
 
 
-def _growing(episode: Episode, tools: Sequence[ToolSpec], renderer: Renderer) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids before and after each extension: by a whole reply, and by one that was cut."""
+def _transcribe(episode: Episode, tools: Sequence[ToolSpec], renderer: Renderer, env_id: str) -> Transcript:
+    seen = Transcript(episode.task.id, env_id)
+    blind_before = renderer.num_blind
+    prompt: list[int] = []
+    num_messages = 0
+    for step in _growing(episode, tools, renderer):
+        if step.after[: len(step.before)] != step.before and seen.rewritten_at is None:
+            seen.rewritten_at = seen.num_extensions
+        seen.num_extensions += 1
+        if not step.is_cut:
+            seen.ids = step.after
+        if step.num_messages:
+            seen.num_turns, prompt, num_messages = seen.num_turns + 1, step.after, step.num_messages
+    seen.num_blind = renderer.num_blind - blind_before
+    whole = renderer.start(episode.messages[:num_messages], tools)
+    seen.differs_at = None if prompt == whole else _first_difference(prompt, whole)
+    return seen
+
+
+def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+class _Step(NamedTuple):
+    """Ids before and after an extension; `num_messages` are those of a whole prompt, 0 where `after` is none."""
+
+    before: list[int]
+    after: list[int]
+    num_messages: int = 0
+    is_cut: bool = False
+
+
+def _growing(episode: Episode, tools: Sequence[ToolSpec], renderer: Renderer) -> Iterator[_Step]:
+    """Each extension: by a whole reply, and by one that was cut."""
     ids: list[int] = []
-    has_begun = False
+    num_said = 0
     for is_reply, block in groupby(episode.messages, key=lambda message: message.role == "assistant"):
         messages = tuple(block)
         if not is_reply:
-            if has_begun:
+            if num_said:
                 cut = ids[:-1] if ids[-1] in renderer.stop_ids else ids
-                yield cut, renderer.extend(cut, messages)
-            extended = renderer.extend(ids, messages) if has_begun else renderer.start(messages, tools)
-            yield ids, extended
+                yield _Step(cut, renderer.extend(cut, messages), is_cut=True)
+            extended = renderer.extend(ids, messages) if num_said else renderer.start(messages, tools)
+            num_said += len(messages)
+            yield _Step(ids, extended, num_said)
             ids = extended
             continue
         for number, message in enumerate(messages):
             if number:
                 extended = renderer.extend(ids, ())
-                yield ids, extended
+                yield _Step(ids, extended)
                 ids = extended
             reply = renderer.encode_reply(message, tools)
             if not reply or reply[-1] not in renderer.stop_ids:
                 raise PolicyError(f"{episode.task.id}: a reply does not end with a stop token")
-            yield ids, [*ids, *reply]
+            yield _Step(ids, [*ids, *reply])
             ids = [*ids, *reply]
-        has_begun = True
+        num_said += len(messages)
 
 
 def check_calls(played: Mapping[str, Played], renderer: Renderer) -> Finding:

@@ -10,16 +10,20 @@ import gc
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from palaestra.agents import ExpertPolicy, Policy, RandomPolicy, episode_seed, run_episode
+import numpy as np
+
+from palaestra.agents import episode_seed, run_episode
 from palaestra.envs import Env, EnvLimits, EnvSuite, Registration, register
 from palaestra.errors import PalaestraError, TaskError, WorkerError, leaves
 from palaestra.processes import Reply
 from palaestra.resources import Resources
 from palaestra.trainer.doctor._census import Census, take_census
+from palaestra.trainer.doctor._footprints import Footprints
+from palaestra.trainer.doctor._mishaps import WAYS, Way, arrange
 from palaestra.types import Episode, Task, ToolSpec
 
 ValueT = TypeVar("ValueT")
@@ -51,17 +55,22 @@ class Played(NamedTuple):
 
 
 class Stay(NamedTuple):
-    """What was in hand: before anything, after each round of episodes (the first fills pools), after closing all."""
+    """What was in hand: before anything, after each round of episodes (the first fills pools), after closing all.
+
+    `num_scored` episodes were scored; `failure` is the first that nobody meant.
+    """
 
     before: Census
     rounds: tuple[Census, ...]
     after: Census
     episodes_per_round: int
+    num_scored: int
+    failure: str = ""
 
 
 def build(setup: ProbeSetup) -> ProbeService:
-    """The service; temporary files of this process go to a folder that is counted."""
-    tempfile.tempdir = str(setup.scratch)
+    """The service. From here on it is noted which files this process makes; temporary ones get their own folder."""
+    tempfile.tempdir = str(setup.scratch)  # not TMPDIR: the list of leases stays the one of all sessions
     for known in setup.registrations:
         register(known.env_id, known.entry_point, family=known.family, summary=known.summary)
     return ProbeService(setup)
@@ -72,9 +81,10 @@ class ProbeService:
 
     def __init__(self, setup: ProbeSetup) -> None:
         self._setup = setup
+        self._footprints = Footprints(setup.scratch)
         self._calls: dict[str, Callable[..., Coroutine[Any, Any, object]]] = {
             "play_well": self.play_well,
-            "play_random": self.play_random,
+            "play_rounds": self.play_rounds,
         }
 
     def handle(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
@@ -96,54 +106,82 @@ class ProbeService:
 
     async def play_well(self, env_id: str, count: int) -> Played:
         """The scripted expert on the first `count` training tasks; random play where there is no expert."""
-        policy: Policy = ExpertPolicy()
-        try:
-            self._setup.suite.make(env_id).expert()
-        except TaskError:
-            policy = RandomPolicy()
+        has_expert = self._has_expert(env_id)
+        way = Way.EXPERT if has_expert else Way.RANDOM
         async with Resources() as resources:
-            played = await self._play(policy, env_id, range(count), resources)
-        return played._replace(is_expert=isinstance(policy, ExpertPolicy))
+            played = await self._play(env_id, range(count), (way,), resources)
+        return played[way]._replace(is_expert=has_expert)
 
-    async def play_random(self, env_id: str, count: int) -> tuple[Played, Stay]:
-        """Random calls on training tasks, round by round, with a census after each round and after the end."""
-        scratch = self._setup.scratch
+    async def play_rounds(self, env_id: str, count: int) -> tuple[Played, Stay]:
+        """Rounds of episodes that go all ways, a census after each round and after the end; those of random calls."""
         # the first play of all imports modules and starts what lives as long as this process
         async with Resources() as resources:
-            await self._play(RandomPolicy(), env_id, range(1), resources)
-        before = await _settled(scratch)
-        played: list[Played] = []
+            first = await self._play(env_id, range(len(WAYS)), WAYS, resources)
+        begin_s = float(np.median(first[Way.RANDOM].seconds.get("begin", [0.0])))
+        before = await _settled(self._footprints)
+        played: list[dict[Way, Played]] = []
         rounds: list[Census] = []
         async with Resources() as resources:
             for number in range(1 + _NUM_ROUNDS):
                 tasks = range(number * count, (number + 1) * count)
-                played.append(await self._play(RandomPolicy(), env_id, tasks, resources))
-                rounds.append(await _settled(scratch))
-        after = await _settled(scratch)
-        return _all_of(played), Stay(before, tuple(rounds), after, count)
+                played.append(await self._play(env_id, tasks, WAYS, resources, begin_s=begin_s))
+                rounds.append(await _settled(self._footprints))
+        after = await _settled(self._footprints)
+        meant = [e for each in played for way in (Way.RANDOM, Way.EXPERT) for e in each[way].episodes]
+        unmeant = [f"{e.failure.kind}: {e.failure.message}" for e in meant if e.failure is not None]
+        stay = Stay(
+            before,
+            tuple(rounds),
+            after,
+            count,
+            num_scored=sum(e.reward is not None for e in meant),
+            failure=unmeant[0] if unmeant else "",
+        )
+        return _all_of([each[Way.RANDOM] for each in played]), stay
 
-    async def _play(self, policy: Policy, env_id: str, indices: range, resources: Resources) -> Played:
+    def _has_expert(self, env_id: str) -> bool:
+        try:
+            self._setup.suite.make(env_id).expert()
+        except TaskError:
+            return False
+        return True
+
+    async def _play(
+        self, env_id: str, indices: range, ways: Sequence[Way], resources: Resources, *, begin_s: float = 0.0
+    ) -> dict[Way, Played]:
+        """Episodes on these tasks, the ways in turns."""
         suite, setup = self._setup.suite.split("train"), self._setup
-        env = suite.make(env_id)
+        env, has_expert = suite.make(env_id), self._has_expert(env_id)
         num_tasks = env.num_tasks["train"]
         jobs = iter([(index, env.make_task("train", index % num_tasks)) for index in indices])
-        watch = Stopwatch()
-        episodes: list[Episode] = []
+        watches = {way: Stopwatch() for way in ways}
+        episodes: dict[Way, list[Episode]] = {way: [] for way in ways}
         started_s = time.monotonic()
 
         async def work(jobs: Iterator[tuple[int, Task]]) -> None:
             for index, task in jobs:
+                way = ways[index % len(ways)]
                 played = suite.make(env_id, resources=resources)
-                watch.attach(played)
+                watches[way].attach(played)
+                policy, cutoff = arrange(way, has_expert=has_expert, begin_s=begin_s)
                 seed = episode_seed(setup.seed, task, index)
-                episodes.append(await run_episode(played, policy, task, episode_id=f"{task.id}#{index}", seed=seed))
+                name = f"{task.id}#{index}"
+                try:
+                    episode = await run_episode(played, policy, task, episode_id=name, seed=seed, cutoff=cutoff)
+                finally:
+                    cutoff.close()
+                episodes[way].append(episode)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(setup.concurrency, len(indices))):
                 group.create_task(work(jobs))
-        seconds = watch.seconds
-        seconds["step"] = [turn.env_s for episode in episodes for turn in episode.turns]
-        return Played(tuple(episodes), env.tools, env.limits, dict(seconds), time.monotonic() - started_s)
+        episode_s = (time.monotonic() - started_s) / max(len(indices), 1)
+        for way, watch in watches.items():
+            watch.seconds["step"] = [turn.env_s for episode in episodes[way] for turn in episode.turns]
+        return {
+            way: Played(tuple(own), env.tools, env.limits, dict(watches[way].seconds), episode_s * len(own))
+            for way, own in episodes.items()
+        }
 
 
 class Stopwatch:
@@ -170,13 +208,13 @@ class Stopwatch:
         return timed
 
 
-async def _settled(scratch: Path) -> Census:
+async def _settled(footprints: Footprints) -> Census:
     """A census when two in a row agree: what was just closed may take a moment to be gone."""
     gc.collect()
-    last = take_census(scratch)
+    last = take_census(footprints)
     for _ in range(_SETTLE_TRIES):
         await asyncio.sleep(_SETTLE_S)
-        now = take_census(scratch)
+        now = take_census(footprints)
         if _counts(now) == _counts(last):
             return now
         last = now
@@ -184,7 +222,7 @@ async def _settled(scratch: Path) -> Census:
 
 
 def _counts(census: Census) -> tuple[int, ...]:
-    return census.processes, census.descriptors, census.leases, census.files
+    return census.processes, census.descriptors, census.threads, census.leases, census.files, len(census.strays)
 
 
 def _all_of(played: list[Played]) -> Played:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
-from palaestra.trainer.doctor._check import Finding
+from palaestra.trainer.doctor._check import Finding, ok, warning
 from palaestra.trainer.doctor._env_worker import Played, Stay
 from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
-from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._guard import MissingError, Part
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 
 ROWS = ("environment", "reward", "latency", "leaks")
 """Names of the rows of every environment, which its id follows."""
+ROW_OF_ALL = "environments"
+"""The row that says which of them were not reached in time."""
 
 _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
 _MAX_AT_ONCE = 64
 _PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
-_ROUND_S, _LEAST_ROUND = 6.0, 4
+_ALL_S = 240.0
+"""How long the environments may take together; what is left then is not tried."""
+_ROUND_S, _LEAST_ROUND = 6.0, 8
 """How long a round of random play should take, by the pace of the first ones, and its fewest episodes."""
 
 
@@ -35,37 +42,65 @@ class EnvironmentChecks:
         self._at_once = at_once(subject)
         self._played: dict[str, Played] = {}
         self._stays: dict[str, Stay] = {}
+        self._limit_s = _ALL_S
+        self._ends_s = time.monotonic() + _ALL_S
+        self._missed: dict[str, None] = {}
 
     async def run(self) -> None:
-        """All rows of all environments."""
+        """All rows of all environments, and the one that says what was not reached."""
         env_ids = self._subject.suite.env_ids
         deadline_s = _PLAY_S + _GRACE_S
         working = [
             env_id
             for env_id in env_ids
-            if await self._sheet.row(f"environment {env_id}", deadline_s, partial(self._play_well, env_id))
+            if await self._sheet.row(f"environment {env_id}", deadline_s, self._timely(env_id, self._play_well))
         ]
         self.conversations.settle(dict(self._played) or None)
         for env_id in env_ids:
             random: Part[Played] = Part("random play" if env_id in working else "the environment")
             if env_id not in working:
                 random.settle(None)
-            leaks = partial(self._play_random, env_id, random)
+            leaks = self._timely(env_id, partial(self._play_rounds, random=random))
             await self._sheet.row(f"leaks {env_id}", deadline_s, leaks)
             random.give_up()
             await self._sheet.row(f"latency {env_id}", _JUDGE_S, partial(self._latency, env_id, random))
             await self._sheet.row(f"reward {env_id}", _JUDGE_S, partial(self._reward, env_id, random))
         self.memory_mb.settle(sum(map(used_mb, self._stays.values())) if self._stays else None)
+        await self._sheet.row(ROW_OF_ALL, _JUDGE_S, self._reached)
+
+    def _timely(self, env_id: str, check: Callable[[str], Awaitable[Finding]]) -> Callable[[], Awaitable[Finding]]:
+        """The check of one environment, within what is left of the time of all."""
+
+        async def measure() -> Finding:
+            left_s = self._ends_s - time.monotonic()
+            scope = asyncio.timeout(max(left_s, 0.0))
+            try:
+                async with scope:
+                    if left_s > 0:
+                        return await check(env_id)
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+            self._missed[env_id] = None
+            raise MissingError(f"was not reached in the {self._limit_s:g} s that all environments have")
+
+        return measure
+
+    async def _reached(self) -> Finding:
+        if self._missed:
+            detail = f"not reached in {self._limit_s:g} s, wholly or in part: {', '.join(self._missed)}"
+            return warning(detail, "free the machine, or let a file with fewer environments be checked")
+        return ok("all were reached in time")
 
     async def _play_well(self, env_id: str) -> Finding:
         played = await self._probe.play_well(env_id, self._count, _PLAY_S)
         self._played[env_id] = played
         return judge_play(played, self._subject.train.max_failure_rate)
 
-    async def _play_random(self, env_id: str, random: Part[Played]) -> Finding:
+    async def _play_rounds(self, env_id: str, random: Part[Played]) -> Finding:
         if random.is_missing:
             await random.get()  # says why
-        played, stay = await self._probe.play_random(env_id, self._round_size(env_id), _PLAY_S)
+        played, stay = await self._probe.play_rounds(env_id, self._round_size(env_id), _PLAY_S)
         self._stays[env_id] = stay
         random.settle(played)
         return judge_stay(stay)

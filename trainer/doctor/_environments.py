@@ -19,12 +19,16 @@ from palaestra.types import Episode
 _FULL, _FLOOR = 0.95, 0.5
 _SLOW_SHARE = 0.5
 _MANY_MB = 64
+_SHOWN = 2
+_KEPT = ("descriptors", "threads")
+"""What libraries may open or start once more and keep for the life of the process."""
 _READABLE = {"begin": "reset", "step": "step", "verify": "judge", "end": "end"}
 _KINDS = {
     "processes": ("processes", "end what begin() started in end(), also after an error"),
+    "threads": ("threads", "end or join every thread in end()"),
     "descriptors": ("open descriptors", "close files, sockets and pipes in end()"),
     "leases": ("sandbox leases", "close every sandbox and tab in end(); `palaestra sandbox list` shows them"),
-    "files": ("temporary files", "remove what the environment writes in end()"),
+    "files": ("files", "remove what the environment writes in end()"),
 }
 
 
@@ -85,6 +89,7 @@ def judge_latency(played: Sequence[Played], concurrency: int) -> Finding:
 
 def judge_stay(stay: Stay) -> Finding:
     """What grows from round to round while parts stay open, and what is left when all are closed."""
+    num_episodes = stay.episodes_per_round * len(stay.rounds)
     findings = [
         failure(f"{grown} {what} stay behind after {stay.episodes_per_round} episodes", remedy)
         for field, (what, remedy) in _KINDS.items()
@@ -93,13 +98,22 @@ def judge_stay(stay: Stay) -> Finding:
     findings += [
         failure(f"{left} {what} are left when the environment's parts are closed", remedy)
         for field, (what, remedy) in _KINDS.items()
-        if field != "descriptors" and (left := getattr(stay.after, field) - getattr(stay.before, field)) > 0
+        if field not in _KEPT and (left := getattr(stay.after, field) - getattr(stay.before, field)) > 0
     ]
+    if not findings and not stay.num_scored:
+        return skipped(f"nothing was proved: none of {num_episodes} episodes was scored, the first: {stay.failure}")
     if (grown_mb := _growth(stay.rounds, "own_mb")) > _MANY_MB:
         detail = f"memory grows by {grown_mb} MB in {stay.episodes_per_round} episodes"
         findings.append(warning(detail, "look for what keeps episodes alive: caches, lists of the class"))
-    num_episodes = stay.episodes_per_round * len(stay.rounds)
-    well = f"nothing stays behind after {num_episodes} episodes; {used_mb(stay)} MB while they run"
+    strays = [len(census.strays) for census in stay.rounds]
+    if (grown := min(later - earlier for earlier, later in pairwise(strays))) >= stay.episodes_per_round / 2:
+        names = ", ".join(sorted(stay.rounds[-1].strays - stay.rounds[0].strays)[:_SHOWN])
+        detail = f"{grown} new entries of common folders after {stay.episodes_per_round} episodes, such as {names}"
+        findings.append(warning(detail, "see whether they are the environment's, and remove them in end()"))
+    well = (
+        f"nothing stays behind after {num_episodes} episodes ({stay.num_scored} scored, the rest cut or failed on "
+        f"purpose); {used_mb(stay)} MB while they run"
+    )
     return together(findings, well)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from palaestra.trainer.doctor._memory_plan import judge_memory, plan
 from palaestra.trainer.doctor._model_checks import ModelChecks
 from palaestra.trainer.doctor._model_size import read_size
 from palaestra.trainer.doctor._probe import EnvProbe
-from palaestra.trainer.doctor._settings import check_settings
+from palaestra.trainer.doctor._rules import check_settings
 from palaestra.trainer.doctor._sheet import Sheet
-from palaestra.trainer.doctor._subject import Subject
+from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.progress import Display
 
 _QUICK_S = 30.0
@@ -43,20 +44,23 @@ async def examine(subject: Subject, display: Display) -> list[Check]:
 
 def _row_names(subject: Subject) -> list[str]:
     of_environments = [f"{what} {env_id}" for env_id in subject.suite.env_ids for what in _environment_checks.ROWS]
-    return ["settings", *of_environments, *_model_checks.ROWS, "memory"]
+    return ["settings", *of_environments, _environment_checks.ROW_OF_ALL, *_model_checks.ROWS, "memory"]
 
 
 async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resources) -> None:
-    machine = await asyncio.to_thread(look_at_machine)  # before anything of ours takes memory
+    machine = await asyncio.to_thread(look_at_machine, subject.run)  # before anything of ours takes memory
     probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed)
     await resources.get("probe", partial(_given, probe))
     environments = EnvironmentChecks(subject, sheet, probe)
     model = ModelChecks(subject, sheet, folder, resources, environments.conversations)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(sheet.row("settings", _QUICK_S, partial(_check_settings, subject, machine)))
         tasks.create_task(environments.run())
         tasks.create_task(model.run())
-    measure = partial(_check_memory, subject, machine, model.model, environments.memory_mb)
+        # what a model reads is known when it is there; the rules are not asked about one that is not
+        is_there = isinstance(subject.model, NewModel) or await model.model.get_or_none() is not None
+        known = replace(subject, is_there=is_there)
+        tasks.create_task(sheet.row("settings", _QUICK_S, partial(_check_settings, known, machine)))
+    measure = partial(_check_memory, subject, machine, model, environments.memory_mb)
     await sheet.row("memory", _QUICK_S, measure)
 
 
@@ -68,7 +72,7 @@ async def _check_settings(subject: Subject, machine: Machine) -> Finding:
     return await asyncio.to_thread(check_settings, subject, machine)
 
 
-async def _check_memory(subject: Subject, machine: Machine, model: Part[str], memory_mb: Part[int]) -> Finding:
-    path, environments_mb = await model.get(), await memory_mb.get_or_none()
+async def _check_memory(subject: Subject, machine: Machine, model: ModelChecks, memory_mb: Part[int]) -> Finding:
+    path, environments_mb = await model.model.get(), await memory_mb.get_or_none()
     size = await asyncio.to_thread(read_size, path)  # last of all: a hub model has been fetched by now
-    return judge_memory(plan(size, subject.train, machine, environments_mb), machine)
+    return judge_memory(plan(size, subject.train, machine, await model.rows(), environments_mb), machine)

@@ -12,15 +12,17 @@ from palaestra.agents.renderers import open_renderer
 from palaestra.resources import Resources
 from palaestra.trainer.doctor._agreement import check_agreement, conversations
 from palaestra.trainer.doctor._check import Finding, ok
-from palaestra.trainer.doctor._conversations import check_calls, check_template
+from palaestra.trainer.doctor._conversations import Transcript, check_calls, judge_template, transcribe
 from palaestra.trainer.doctor._env_worker import Played
 from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._memory_plan import Rows
+from palaestra.trainer.doctor._model_size import find_model
 from palaestra.trainer.doctor._new_model import make_new_model
-from palaestra.trainer.doctor._rules_of_engine import fitted_context
 from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.doctor._variance import SampledGroups, judge_variance, sample_groups
 from palaestra.trainer.learner import Learner, LocalLearner
+from palaestra.types import Trajectory
 
 ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agreement")
 
@@ -45,6 +47,7 @@ class ModelChecks:
         self._engine: Part[Engine] = Part("the engine")
         self._learner: Part[Learner] = Part("the learner")
         self._groups: Part[SampledGroups] = Part("sampled groups")
+        self._transcripts: list[Transcript] = []
 
     async def run(self) -> None:
         """All rows of the model."""
@@ -84,7 +87,7 @@ class ModelChecks:
                 f"made with random weights, tokenizer from {sum(len(p.episodes) for p in played.values())} episodes"
             )
         else:
-            path = detail = given
+            path = detail = await asyncio.to_thread(find_model, given)
         self.model.settle(path)
         renderer = await asyncio.to_thread(open_renderer, path, family=self._train.family)
         self._renderer.settle(renderer)
@@ -106,8 +109,9 @@ class ModelChecks:
 
     async def _check_template(self) -> Finding:
         renderer, played = await self._renderer.get(), await self._talks.get()
-        context = await asyncio.to_thread(fitted_context, self._subject)
-        return await asyncio.to_thread(check_template, played, renderer, context)
+        context = await asyncio.to_thread(lambda: self._subject.context)
+        self._transcripts = await asyncio.to_thread(transcribe, played, renderer)
+        return judge_template(self._transcripts, renderer, context)
 
     async def _check_calls(self) -> Finding:
         renderer, played = await self._renderer.get(), await self._talks.get()
@@ -126,7 +130,15 @@ class ModelChecks:
         engine, learner = await self._engine.get(), await self._learner.get()
         played, renderer = await self._talks.get_or_none(), await self._renderer.get()
         texts = conversations(played or {}, renderer, engine.max_model_len)
+        return await check_agreement(engine, learner, texts, await self._sampled(), self._train)
+
+    async def rows(self) -> Rows:
+        """How long conversations are, when all rows are there."""
+        context = await asyncio.to_thread(lambda: self._subject.context)
+        longest = max((len(each.ids) for each in self._transcripts), default=0)
+        return Rows.of(await self._sampled(), longest, context)
+
+    async def _sampled(self) -> list[Trajectory]:
         groups = await self._groups.get_or_none()
         sampled = [episode.trajectory for episode in groups.all()] if groups is not None else []
-        chosen = [trajectory for trajectory in sampled if trajectory is not None]
-        return await check_agreement(engine, learner, texts, chosen, self._train)
+        return [trajectory for trajectory in sampled if trajectory is not None]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palaestra.errors import ConfigError
+from palaestra.trainer.learner import check_model_path
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20
@@ -24,9 +25,27 @@ class ModelSize:
     num_layers: int
     hidden_size: int
     ffn_size: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+
+
+def find_model(model: str) -> str:
+    """The folder, or the hub name of a model that can be had; raises `ConfigError` in one line.
+
+    A relative folder that is not there looks like a hub name.
+    """
+    path = check_model_path(model)
+    if not Path(path).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(path, "config.json")
+        except (OSError, ValueError) as error:
+            why = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"no model folder {model!r}, nor a hub model that can be reached: {why}") from error
+    return path
 
 
 def read_size(model: str) -> ModelSize:
@@ -42,6 +61,7 @@ def read_size(model: str) -> ModelSize:
             num_layers=int(text["num_hidden_layers"]),
             hidden_size=hidden,
             ffn_size=int(text.get("intermediate_size") or 4 * hidden),
+            num_heads=num_heads,
             num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
             head_dim=int(text.get("head_dim") or hidden // num_heads),
             vocab_size=int(text["vocab_size"]),

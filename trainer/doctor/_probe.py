@@ -34,9 +34,9 @@ class EnvProbe:
         played: Played = await self._call("play_well", env_id, count, deadline_s)
         return played
 
-    async def play_random(self, env_id: str, count: int, deadline_s: float) -> tuple[Played, Stay]:
-        """Random episodes, `count` in each of several rounds, and what stayed behind."""
-        result: tuple[Played, Stay] = await self._call("play_random", env_id, count, deadline_s)
+    async def play_rounds(self, env_id: str, count: int, deadline_s: float) -> tuple[Played, Stay]:
+        """Several rounds of `count` episodes that go all ways: those of random calls, and what stayed behind."""
+        result: tuple[Played, Stay] = await self._call("play_rounds", env_id, count, deadline_s)
         return result
 
     async def aclose(self) -> None:

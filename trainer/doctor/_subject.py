@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel
 
+from palaestra.agents.engines import fit_context
 from palaestra.envs import EnvSuite
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.job import Job
@@ -37,6 +39,10 @@ class Subject:
     """Dotted keys that were chosen, such as `train.learner.learning_rate`."""
     prefix: str
     """What stands before the keys of `train`: `train.` or `rl.`."""
+    run: Path | None = None
+    """Where the run's folder will be, where that is known."""
+    is_there: bool = True
+    """Whether the model is there to be read, or made."""
 
     @classmethod
     def of_job(cls, job: Job, *, is_resolved: bool = False) -> Subject:
@@ -47,6 +53,7 @@ class Subject:
             train=job.train,
             given=frozenset(_chosen(job, is_resolved)),
             prefix="train.",
+            run=job.run,
         )
 
     @classmethod
@@ -63,13 +70,24 @@ class Subject:
             prefix="rl.",
         )
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a conversation: what is asked for, cut to what the model was made for."""
+        config = self.train.engine_config
+        if isinstance(self.model, NewModel):
+            return min(config.max_model_len, self.model.size.max_positions)
+        if not self.is_there:
+            return config.max_model_len
+        return fit_context(config, str(Path(self.model).expanduser())).max_model_len
+
     def chose(self, key: str) -> bool:
         """Whether somebody chose this key of `train`."""
         return self.prefix + key in self.given
 
 
 def _chosen(config: BaseModel, is_resolved: bool, default: BaseModel | None = None, path: str = "") -> Iterator[str]:
-    for name in config.model_fields_set:
+    derived = config.derived_keys if isinstance(config, GRPOConfig) else frozenset()
+    for name in config.model_fields_set - derived:
         value = getattr(config, name)
         usual = (
             getattr(default, name)

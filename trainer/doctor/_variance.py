@@ -73,10 +73,15 @@ def judge_variance(groups: SampledGroups, config: GRPOConfig, *, is_new: bool) -
         return failure(f"{len(failed)} of {len(episodes)} episodes failed on our side, the first: {why}", "mend it")
     valid = [rewards for group in groups.episodes.values() if len(rewards := _rewards(group, config)) > 1]
     solved = sum(episode.is_success for episode in episodes) / len(episodes)
-    share = sum(len(set(rewards)) == 1 for rewards in valid) / len(valid) if valid else 1.0
+    if not valid:
+        return warning(
+            f"nothing is known of variance: of {len(episodes)} episodes no two of a group have a reward to train on",
+            "see how they end, raise their limits or sampling.max_tokens, or train_on_truncated",
+        )
+    share = sum(len(set(rewards)) == 1 for rewards in valid) / len(valid)
     truncated = sum(episode.outcome == "truncated" for episode in episodes) / len(episodes)
     detail = (
-        f"{share:.0%} of {len(groups.episodes)} groups have equal rewards; {solved:.0%} of {len(episodes)} episodes "
+        f"{share:.0%} of {len(valid)} groups have equal rewards; {solved:.0%} of {len(episodes)} episodes "
         f"are solved, {truncated:.0%} truncated"
     )
     if is_new:

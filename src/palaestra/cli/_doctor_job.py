@@ -83,6 +83,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"cannot read {path}: it is no JSON object")
+    if "model_type" in values or "architectures" in values:
+        raise ConfigError(
+            f'{path.parent} is a model folder, not a job: name it in a TOML file (model = "{path.parent}"), or check '
+            f"the main job with it (palaestra doctor quickstart --set model={path.parent})"
+        )
     if isinstance(values.get("suite"), dict):
         values["suite"].pop("rewards", None)  # a description; the suite of a job has no other reward
     return values
