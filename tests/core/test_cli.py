@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PALAESTRA = Path(sys.executable).with_name("palaestra")
+from tests.commands import assert_one_line, run
 
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PALAESTRA, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("palaestra: ")
-    for word in words:
-        assert word in lines[0]
+ROOT = Path(__file__).parents[2]
 
 
 def test_envs_lists_ours_as_json() -> None:
@@ -66,6 +45,16 @@ def test_eval_keeps_episodes(tmp_path: Path) -> None:
     done = run("eval", "random", "--env", "palaestra/ToolDesk-v0", "--tasks", "3", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert len(out.read_text().splitlines()) == 3
+
+
+def test_sigterm_inside_an_episode_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
+    (tmp_path / "my_envs.py").write_text(
+        "import os, signal\nfrom tests.toys import Echo, register_echo\nregister_echo()\n"
+        "async def begin(self, task):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return ()\nEcho.begin = begin\n"
+    )
+    done = run("eval", "expert", "--env", "test/Echo-v0", "--import", "my_envs", "--tasks", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "palaestra: interrupted; nothing was kept\n")
 
 
 def test_unknown_environment_names_the_nearest() -> None:

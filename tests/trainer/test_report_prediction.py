@@ -10,15 +10,10 @@ import pytest
 
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.job import Job
+from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.report import compare, write_run_report
-from palaestra.trainer.sizing import (
-    SIZE_FILE,
-    PredictedSettings,
-    Prediction,
-    conditions_of,
-    propose,
-    write_size,
-)
+from palaestra.trainer.sizing import PredictedSettings, Prediction, conditions_of, propose, write_size
+from palaestra.trainer.sizing._record import SIZE_FILE
 from palaestra.trainer.trainer import FitResult
 from tests.toys import register_echo
 from tests.trainer.test_report import make_step
@@ -45,6 +40,15 @@ def test_medians_stand_beside_the_prediction_without_the_first_step() -> None:
     ]
     assert [row.ratio for row in found.rows] == [1.0, pytest.approx(2.5 / 3), 0.5, None]
     assert found.verdict == "The prediction held: the median of 3 of 4 steps took 1.00 times the predicted seconds."
+
+
+def test_errors_that_cancel_out_are_named() -> None:
+    found = compare([PREDICTED], PREDICTED.conditions, [step(1, wall_s=5.0, wait_s=1.0, learn_s=4.0, sync_s=0.0)])
+    assert found.verdict.startswith("The prediction held")
+    assert (
+        "Waiting for rollouts took 1.00 s instead of 3.00 s. Learning took 4.00 s instead of 2.00 s." in found.verdict
+    )
+    assert "Weight sync" not in found.verdict
 
 
 def test_a_prediction_that_did_not_hold_says_so_and_names_other_episodes() -> None:
@@ -75,6 +79,15 @@ def fitted(run: Path, *, is_complete: bool = True) -> FitResult:
 JOB = Job.parse({"model": "some/hub-name", "suite": {"weights": {"test/Echo-v0": 1.0}}, "train": {"steps": 2}})
 
 
+async def record(run: Path, *configs: GRPOConfig) -> None:
+    """A ledger whose steps were made with these configurations, one each."""
+    ledger = await Ledger.open(run, meta={})
+    for number, config in enumerate(configs, 1):
+        await ledger.use_config(config.model_dump(mode="json"))
+        await ledger.train([], number, step(number))
+    await ledger.aclose()
+
+
 def report(run: Path, config: GRPOConfig, *, is_complete: bool = True) -> str:
     suite = JOB.suite.build().describe()
     result = fitted(run, is_complete=is_complete)
@@ -100,7 +113,8 @@ def test_a_stopped_run_has_a_report_too(tmp_path: Path) -> None:
     )
 
 
-def test_a_kept_prediction_has_a_section(tmp_path: Path) -> None:
+async def test_a_kept_prediction_has_a_section(tmp_path: Path) -> None:
+    await record(tmp_path, JOB.train, JOB.train)
     proposal = propose(measurements(), JOB.train)
     write_size(tmp_path, JOB, JOB, measurements(), proposal)
     page = report(tmp_path, JOB.train)
@@ -110,6 +124,22 @@ def test_a_kept_prediction_has_a_section(tmp_path: Path) -> None:
     assert values["times"][0]["name"] == "whole step"
     other = report(tmp_path, JOB.train.model_copy(update={"concurrency": 3}))
     assert "other settings (train.concurrency)" in other
+
+
+async def test_steps_made_with_other_settings_are_not_held_against_the_prediction(tmp_path: Path) -> None:
+    before = JOB.train.model_copy(update={"concurrency": 3})
+    await record(tmp_path, before, JOB.train.model_copy(update={"seed": 9}))
+    write_size(tmp_path, JOB, JOB, measurements(), propose(measurements(), JOB.train))
+    page = report(tmp_path, JOB.train)
+    assert "the median of 1 of 1 steps" in page, "a seed changes no time"
+    assert "Not counted: 1 made with other settings." in page
+    gone_on = report(tmp_path, JOB.train.model_copy(update={"num_spare": 1}))
+    assert "other settings (train.num_spare)" in gone_on
+
+
+def test_a_prediction_without_a_ledger_is_not_compared(tmp_path: Path) -> None:
+    write_size(tmp_path, JOB, JOB, measurements(), propose(measurements(), JOB.train))
+    assert "Not compared: " in report(tmp_path, JOB.train)
 
 
 def test_a_damaged_prediction_does_not_cost_the_report(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +15,21 @@ from safetensors.torch import save_file
 
 from palaestra.trainer._proc import descendants
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
+from tests.commands import PALAESTRA, assert_one_line, run
 from tests.toys import WORDS
 
 ROOT = Path(__file__).parents[2]
-PALAESTRA = Path(sys.executable).with_name("palaestra")
 MODULE_OF_A_USER = "from tests.toys import register_echo\nregister_echo()\n"
+SIGNAL = """
+import itertools, os
+from tests.toys import Echo
+count, begin = itertools.count(), Echo.begin
+async def begin_or_end(self, task):
+    if next(count) == 3:
+        os.kill(os.getpid(), {number})
+    return await begin(self, task)
+Echo.begin = begin_or_end
+"""
 JOB = """
 model = "model"
 imports = ["my_envs"]
@@ -34,6 +43,7 @@ groups_per_step = 2
 concurrency = 4
 engine = "transformers"
 [train.engine_config]
+max_model_len = 256
 max_num_seqs = 8
 [train.sampling]
 max_tokens = 8
@@ -56,55 +66,55 @@ def make_small_model(folder: Path) -> None:
     make_model(folder, TinyModelConfig(num_layers=2, ffn_size=64, max_positions=256))
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [PALAESTRA, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_is_measured_proposed_trained_and_compared(folder: Path) -> None:
     make_small_model(folder / "model")
-    done = run(folder, "size", "job.toml", "--seconds", "4", "--run", "runs/a", "--write", "new.toml", "--json")
+    done = run("size", "job.toml", "--seconds", "8", "--run", "runs/a", "--write", "new.toml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["measured"]["player"] == "model"
     assert [level["concurrency"] for level in found["measured"]["engine"]] == [1, 4, 8]
     assert found["predicted"]["proposed"]["step_s"] >= found["predicted"]["proposed"]["ideal_s"] > 0
-    assert set(found["predicted"]["by_mode"]) == {"sync", "one-step", "async"}
+    assert set(found["predicted"]["by_mode"]) == {"one-step", "async"}, "sync has an engine that was not measured"
+    assert any("--set train.mode=sync" in note for note in found["notes"])
     kept = json.loads((folder / "runs/a/size.json").read_text())
     assert [each["name"] for each in kept["predictions"]] == ["now", "proposed"]
-    again = run(folder, "size", "job.toml", "--write", "new.toml")
+    again = run("size", "job.toml", "--write", "new.toml", cwd=folder)
     assert again.returncode == 2, "a file that is there is not replaced"
-    trained = run(folder, "train", "new.toml", "--run", "runs/a", "--json")
+    trained = run("train", "new.toml", "--run", "runs/a", "--json", cwd=folder)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout.splitlines()[-1])["report"] == "runs/a/report.html"
     report = json.loads((folder / "runs/a/report.json").read_text())
     assert report["predicted"]["times"][0]["name"] == "whole step"
     assert all(row["measured_s"] >= 0 for row in report["predicted"]["times"])
+    examined = run("doctor", "new.toml", "--json", cwd=folder)
+    settings = next(row for row in json.loads(examined.stdout)["checks"] if row["name"] == "settings")
+    assert settings["verdict"] == "ok", settings
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["start", "task"])
+def test_signals_leave_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, moment: str
+) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
+    if moment == "task":
+        (folder / "my_envs.py").write_text(MODULE_OF_A_USER + SIGNAL.format(number=number.value))
     monkeypatch.setenv("TMPDIR", str(temporary))
     make_small_model(folder / "model")
     command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         logs = wait_for(temporary, "palaestra-size-*/size-engine.log")
-        process.send_signal(signal.SIGINT)
+        if moment == "start":
+            process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said == "palaestra: interrupted; nothing was kept\n"
     assert not logs.parent.exists()
+    assert not list(Path("/dev/shm").glob(f"palaestra-weights-{process.pid}-*"))
     assert sorted(path.name for path in folder.iterdir()) == ["job.toml", "model", "my_envs.py", "tmp"]
 
 
@@ -141,15 +151,8 @@ def wait_for(folder: Path, pattern: str) -> Path:
     raise AssertionError(f"{pattern} did not appear in {folder}")
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in words:
-        assert word in done.stderr
-
-
 def test_a_model_that_is_not_there_is_one_line(folder: Path) -> None:
-    assert_one_line(run(folder, "size", "job.toml"), "model")
+    assert_one_line(run("size", "job.toml", cwd=folder), "model")
     assert not (folder / "runs").exists()
 
 
@@ -159,7 +162,7 @@ def test_a_model_that_does_not_load_is_one_line(folder: Path, monkeypatch: pytes
     (folder / "tmp").mkdir()
     make_small_model(folder / "model")
     save_file({}, folder / "model" / "model.safetensors")
-    assert_one_line(run(folder, "size", "job.toml"), "model")
+    assert_one_line(run("size", "job.toml", cwd=folder), "model")
     assert list((folder / "tmp").glob("palaestra-size-*")) == []
 
 
@@ -169,8 +172,14 @@ def test_an_environment_without_its_parts_is_one_line(folder: Path, monkeypatch:
     make_small_model(folder / "model")
     text = JOB.replace("test/Echo-v0", "palaestra/MiniWoB-v0")
     (folder / "job.toml").write_text(text)
-    assert_one_line(run(folder, "size", "job.toml"), "no-chromium")
+    assert_one_line(run("size", "job.toml", cwd=folder), "no-chromium")
+
+
+@pytest.mark.parametrize("flag", ["--write", "--run"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(folder: Path, flag: str) -> None:
+    make_small_model(folder / "model")
+    assert_one_line(run("size", "job.toml", flag, "job.toml/new/place", cwd=folder), "job.toml/new/place", flag)
 
 
 def test_a_file_that_is_there_is_not_replaced(folder: Path) -> None:
-    assert_one_line(run(folder, "size", "job.toml", "--write", "job.toml"), "job.toml exists already")
+    assert_one_line(run("size", "job.toml", "--write", "job.toml", cwd=folder), "job.toml exists already")

@@ -10,21 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palaestra.agents import EnginePolicy, Sampling
+from palaestra.agents import EnginePolicy, EngineStats, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
-from palaestra.errors import WorkerError
+from palaestra.errors import ConfigError, WorkerError
 from palaestra.resources import Resources
 from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import LearnerConfig, StepReport
+from palaestra.trainer.sizing._contention import RolloutBench, Rollouts
 from palaestra.trainer.sizing._episodes import Played, Stage, play_some
-from palaestra.trainer.sizing._learner_speed import LearnerBench, micro_batch_sizes, scratch_config
+from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed, micro_batch_sizes, scratch_config
 from palaestra.trainer.sizing._load import Player, Watch, send_requests
+from palaestra.trainer.sizing._measured import LearnerLevel
 from palaestra.trainer.sizing._trace import inputs_of, prompts_of
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Trajectory
-from tests.toys import WORDS, Echo, ToyEngine, ToyLearner, call, register_echo
+from tests.toys import WORDS, Chooser, Echo, ToyEngine, ToyLearner, call, register_echo
 
 register_echo()
 
@@ -33,6 +35,18 @@ class OwnEngine(ToyEngine):
     """Counts as this process."""
 
     pid = os.getpid()
+
+
+class CountedEngine(OwnEngine):
+    """Says in `order` when it was asked for its counts: a watch does so when it begins and when it ends."""
+
+    def __init__(self, choose: Chooser, *, delay_s: float = 0.0) -> None:
+        super().__init__(choose, delay_s=delay_s)
+        self.order: list[str] = []
+
+    async def stats(self) -> EngineStats:
+        self.order.append("counts")
+        return await super().stats()
 
 
 class OwnLearner(ToyLearner):
@@ -180,3 +194,49 @@ async def test_a_learner_that_dies_ends_the_measurement() -> None:
     bench = LearnerBench(learner, [trajectory([0] * 20 + [1])], LearnerConfig())
     with pytest.raises(WorkerError):
         await bench.measure(0.01)
+
+
+async def loaded(tokenizer: Path, engine: CountedEngine, *, tokens_per_turn: float) -> Rollouts:
+    suite = EnvSuite({"test/Echo-v0": 1.0})
+    renderer = open_renderer(tokenizer)
+    engine.version = 0
+    speed = LearnerSpeed(update_s=0.0, levels=(LearnerLevel(tokens=20, token_s=1e-3),), notes=())
+
+    async def publish() -> float:
+        engine.order.append("sync")
+        await asyncio.sleep(0.01)
+        return 7.0
+
+    async with asyncio.timeout(20), Resources() as own:
+        player = Player(suite, EnginePolicy(engine, renderer, Sampling(max_tokens=16)), own, group_size=2, seed=0)
+        learner = OwnLearner(delay_s=0.001)
+        steps = LearnerBench(learner, [trajectory([0] * 20 + [1])], LearnerConfig())
+        bench = RolloutBench(player, Watch(engine, learner), steps, publish, slots=2)
+        return await bench.measure(speed, 1.0, tokens_per_turn=tokens_per_turn)
+
+
+def stopping(tokenizer: Path) -> CountedEngine:
+    renderer = open_renderer(tokenizer)
+    tools = EnvSuite({"test/Echo-v0": 1.0}).make("test/Echo-v0").tools
+    return CountedEngine(lambda prompt, seed: renderer.encode_reply(call("stop"), tools), delay_s=0.002)
+
+
+async def test_weight_syncs_are_measured_in_their_own_seconds(tokenizer: Path) -> None:
+    engine = stopping(tokenizer)
+    found = await loaded(tokenizer, engine, tokens_per_turn=1.0)
+    assert found.sync_s == 7.0
+    assert found.engine_slowdown >= 1
+    first_sync = engine.order.index("sync")
+    assert engine.order[:first_sync].count("counts") >= 2 * 2 * 2, (
+        "two rounds alone and two beside the learner are over"
+    )
+    assert set(engine.order[:first_sync]) == {"counts"}
+
+
+async def test_rollouts_without_a_turn_are_no_measurement(tokenizer: Path) -> None:
+    with pytest.raises(ConfigError, match=r"was sampled in 0\.2 s: give more time with --seconds"):
+        await loaded(tokenizer, stopping(tokenizer), tokens_per_turn=1e6)
+    silent = stopping(tokenizer)
+    silent.delay_s = 60.0
+    with pytest.raises(ConfigError, match="no turn of a rollout"):
+        await loaded(tokenizer, silent, tokens_per_turn=1.0)

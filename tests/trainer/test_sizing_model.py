@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palaestra.trainer.sizing import EngineLevel, EpisodeWork, LearnerLevel, Measurements, Setting, predict
-from palaestra.trainer.sizing._model import learning_s, spread
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.sizing import Measurements
+from palaestra.trainer.sizing._measured import EngineLevel, EpisodeWork, LearnerLevel
+from palaestra.trainer.sizing._model import Setting, learning_s, predict, setting_of, spread
 from palaestra.trainer.sizing._queue import drain_s, engine_rates, throughputs
 
 
@@ -19,12 +21,18 @@ def episode(num_turns: int = 2, num_sampled: int = 20, num_inputs: int = 100, en
     return EpisodeWork(num_turns=num_turns, num_sampled=num_sampled, num_inputs=num_inputs, env_s=env_s)
 
 
+def level(concurrency: int, tokens_per_s: float) -> EngineLevel:
+    """A level whose rounds were all as fast."""
+    return EngineLevel(concurrency=concurrency, tokens_per_s=tokens_per_s, worst_tokens_per_s=tokens_per_s)
+
+
 def measurements(**changes: object) -> Measurements:
     """10 tokens a turn; one request makes 100 tokens a second, two or more 200; a learner of 1000 tokens a second."""
     values: dict[str, object] = {
         "player": "model",
+        "context": 100,
         "episodes": (episode(),),
-        "engine": (EngineLevel(concurrency=1, tokens_per_s=100.0), EngineLevel(concurrency=2, tokens_per_s=200.0)),
+        "engine": (level(1, 100.0), level(2, 200.0)),
         "learner": (LearnerLevel(tokens=400, token_s=0.001),),
         "learner_update_s": 0.0,
         "sync_s": 0.5,
@@ -67,6 +75,22 @@ def test_one_step_plays_every_batch_to_its_end_while_the_last_one_is_learned() -
     assert predict(uneven, setting("async", groups_per_step=1)).generation_s == pytest.approx(4 / 20)
 
 
+def test_slots_that_finished_are_filled_again_only_after_the_step() -> None:
+    # one slot for each of the 4 episodes that may be in hand; the engine makes 10 turns a second for each episode
+    wide = measurements(busy_sync_s=0.0, engine=(level(1, 100.0), level(4, 400.0)))
+    step = predict(wide, setting("async", groups_per_step=1, concurrency=64))
+    assert step.generation_s == pytest.approx(2 / 40 + 2 / 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "most"),
+    [("sync", {}, 8), ("one-step", {}, 16), ("async", {"max_lag": 2}, 24), ("async", {"num_spare": 1}, 24)],
+)
+def test_most_slots_are_what_the_loop_has_in_hand(mode: str, changes: dict[str, int], most: int) -> None:
+    config = GRPOConfig.parse({"mode": mode, "group_size": 2, "groups_per_step": 4, **changes})
+    assert setting_of(config).most_slots == most
+
+
 def test_contention_takes_from_the_engine_what_learning_costs() -> None:
     # learning takes 1.5 * 0.4 = 0.6 s, in which the engine works at half its speed: 0.4 + 0.3 s to generate
     step = predict(measurements(engine_slowdown=2.0, learner_slowdown=1.5, busy_sync_s=0.25), setting("async"))
@@ -105,7 +129,7 @@ def test_the_last_episodes_drain_slowly() -> None:
 
 
 def test_engine_rates_are_interpolated_without_the_noise() -> None:
-    levels = tuple(EngineLevel(concurrency=c, tokens_per_s=r) for c, r in ((1, 10.0), (4, 50.0), (6, 30.0)))
+    levels = tuple(level(c, r) for c, r in ((1, 10.0), (4, 50.0), (6, 30.0)))
     # four requests cannot each be faster than one alone, and six not slower than four in all
     assert engine_rates(levels, 7) == pytest.approx([10.0, 20.0, 30.0, 40.0, 40.0, 40.0, 40.0])
     assert engine_rates(levels[1:2], 5) == pytest.approx([12.5, 25.0, 37.5, 50.0, 50.0])
@@ -117,8 +141,18 @@ def test_learning_counts_padding_updates_and_epochs() -> None:
     # packs of at most 200 padded tokens: (50, 100) padded to 200, and 200
     once = setting(micro_batch_tokens=200)
     assert learning_s(measured, once, rows) == pytest.approx(0.4 + 0.1)
-    twice = replace(once, num_epochs=2, num_minibatches=3)
-    assert learning_s(measured, twice, rows) == pytest.approx(0.8 + 0.6)
+    assert learning_s(measured, replace(once, num_epochs=2), rows) == pytest.approx(0.8 + 0.2)
+
+
+def test_minibatches_are_packed_each_by_itself() -> None:
+    measured = measurements(learner_update_s=0.1)
+    rows = [episode(num_inputs=length) for length in (50, 200, 100, 200)]
+    whole = setting(micro_batch_tokens=400)
+    # together (50, 100, 200) would not fit, so (50, 100) and (200, 200); by halves twice (x, 200), padded to 400
+    assert learning_s(measured, whole, rows) == pytest.approx(0.2 + 0.4 + 0.1)
+    assert learning_s(measured, replace(whole, num_minibatches=2), rows) == pytest.approx(0.8 + 0.2)
+    # more minibatches than rows: those without a row make no update
+    assert learning_s(measured, replace(whole, num_minibatches=6), rows) == pytest.approx(0.55 + 0.4)
 
 
 def test_a_batch_has_the_measured_spread_of_lengths() -> None:
@@ -144,9 +178,10 @@ factors = st.floats(1.0, 4.0)
 measured_st = st.builds(
     Measurements,
     player=st.just("model"),
+    context=st.just(512),
     episodes=episodes_st,
     engine=st.tuples(speeds, speeds, speeds).map(
-        lambda rates: tuple(EngineLevel(concurrency=c, tokens_per_s=r) for c, r in zip((1, 4, 16), rates, strict=True))
+        lambda rates: tuple(level(c, r) for c, r in zip((1, 4, 16), rates, strict=True))
     ),
     learner=st.tuples(speeds, speeds).map(
         lambda rates: tuple(LearnerLevel(tokens=t, token_s=1 / r) for t, r in zip((512, 2048), rates, strict=True))
@@ -166,6 +201,9 @@ settings_st = st.builds(
     groups_per_step=st.integers(1, 6),
     concurrency=st.integers(1, 48),
     micro_batch_tokens=st.integers(1, 5000),
+    num_epochs=st.integers(1, 2),
+    num_minibatches=st.integers(1, 8),
+    num_spare=st.integers(0, 2),
 )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from palaestra.config import override
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.losses import is_clipped, loss_names
-from palaestra.trainer.sizing import EngineLevel, LearnerLevel, Measurements, Proposal, propose
+from palaestra.trainer.sizing import Measurements, Proposal, propose
 from palaestra.trainer.sizing._learner_speed import Timed, split_fixed
-from palaestra.trainer.sizing._measure import level_counts
-from palaestra.trainer.sizing._measured import GpuMemory
+from palaestra.trainer.sizing._measure import level_counts, levels_of
+from palaestra.trainer.sizing._measured import EngineLevel, GpuMemory, LearnerLevel
 from palaestra.trainer.sizing._propose import share_of_gpu, split_cores
 from tests.trainer.test_sizing_model import episode, measurements
 
@@ -29,7 +30,7 @@ def config(**changes: object) -> GRPOConfig:
 
 
 def levels(rates: Mapping[int, float]) -> tuple[EngineLevel, ...]:
-    return tuple(EngineLevel(concurrency=count, tokens_per_s=rate) for count, rate in rates.items())
+    return levels_of({count: [rate, rate] for count, rate in rates.items()})
 
 
 def row(proposal: Proposal, key: str) -> tuple[object, object]:
@@ -62,7 +63,9 @@ def test_slow_environments_ask_for_more_slots() -> None:
 
 def test_no_more_slots_than_episodes_are_issued() -> None:
     measured = measurements(episodes=(episode(env_s=100.0),))
-    assert row(propose(measured, config(concurrency=500)), "train.concurrency") == (500, 32)
+    assert row(propose(measured, config(concurrency=500)), "train.concurrency") == (500, 64)
+    alone = propose(measured, config(concurrency=500, mode="sync", engine="vllm"))
+    assert alone.by_mode["sync"][0].concurrency == 32
 
 
 def test_the_batch_stays_the_users() -> None:
@@ -90,6 +93,14 @@ def test_the_fastest_measured_micro_batch_is_proposed() -> None:
     assert row(propose(measurements(learner=even), config()), "train.learner.max_micro_batch_tokens") == (400, 400)
 
 
+def test_a_micro_batch_shorter_than_a_conversation_is_not_proposed() -> None:
+    sizes = (LearnerLevel(tokens=200, token_s=0.001), LearnerLevel(tokens=400, token_s=0.002))
+    proposal = propose(measurements(learner=sizes, context=300), config())
+    assert row(proposal, "train.learner.max_micro_batch_tokens") == (400, 400)
+    nothing_else = propose(measurements(learner=sizes[:1], context=300), config())
+    assert row(nothing_else, "train.learner.max_micro_batch_tokens") == (400, 200), "memory takes no other"
+
+
 def test_a_micro_batch_that_did_not_fit_is_taken_back() -> None:
     fitted = (LearnerLevel(tokens=100, token_s=0.002), LearnerLevel(tokens=200, token_s=0.001))
     proposal = propose(measurements(learner=fitted), config())
@@ -111,6 +122,33 @@ def test_the_mode_changes_only_for_a_gain() -> None:
     assert propose(crowded, config()).assignments["train.mode"] == "sync"
 
 
+def test_no_other_mode_is_proposed_where_other_work_ran() -> None:
+    cores = {"engine alone": {"others": 0.1}, "together": {"others": 0.4}}
+    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=levels({1: 100.0, 4: 200.0}), cores=cores)
+    proposal = propose(even, config(mode="sync"))
+    assert proposal.by_mode["one-step"][1].step_s < proposal.proposed.step_s, "it would gain"
+    assert "train.mode" not in proposal.assignments
+    assert any("other work used up to 0.4 cores" in note for note in proposal.notes)
+    quiet = measurements(sync_s=0.0, busy_sync_s=0.0, engine=even.engine, cores={"together": {"others": 0.1}})
+    assert "train.mode" in propose(quiet, config(mode="sync")).assignments
+
+
+def test_modes_in_which_the_engine_works_otherwise_are_not_predicted() -> None:
+    # contention makes sync the fastest by far; but with Transformers it computes each sequence by itself
+    crowded = measurements(engine=levels({1: 100.0, 4: 200.0}), engine_slowdown=4.0, learner_slowdown=4.0)
+    proposal = propose(crowded, config(engine="transformers"))
+    assert set(proposal.by_mode) == {"one-step", "async"}
+    assert proposal.assignments.get("train.mode") != "sync"
+    assert any("--set train.mode=sync" in note for note in proposal.notes)
+    other_way = propose(crowded, config(engine="transformers", mode="sync"))
+    assert set(other_way.by_mode) == {"sync"}
+    assert any("one-step and async: the engine works otherwise" in note for note in other_way.notes)
+    asked_for = {"max_num_seqs": 16, "batch_invariant": "never"}
+    same = propose(crowded, config(engine="transformers", engine_config=asked_for))
+    assert set(same.by_mode) == {"sync", "one-step", "async"}
+    assert not any("works otherwise" in note for note in same.notes)
+
+
 def test_a_loss_without_clipping_stays_synchronous() -> None:
     values = {"max_micro_batch_tokens": 400, "loss": {"name": UNCLIPPED}}
     proposal = propose(measurements(sync_s=0.0, busy_sync_s=0.0), config(mode="sync", learner=values))
@@ -118,12 +156,25 @@ def test_a_loss_without_clipping_stays_synchronous() -> None:
     assert "train.mode" not in proposal.assignments
 
 
-def test_the_prediction_of_the_proposal_is_that_of_its_settings() -> None:
-    measured = measurements(engine=FLAT_FROM_4)
-    proposal = propose(measured, config(concurrency=1))
-    again = propose(measured, config(concurrency=row(proposal, "train.concurrency")[1]))
+@pytest.mark.parametrize("slowdown", [1.0, 4.0])
+@pytest.mark.parametrize("mode", ["sync", "one-step", "async"])
+def test_the_prediction_of_the_proposal_is_that_of_its_settings(mode: str, slowdown: float) -> None:
+    measured = measurements(engine=FLAT_FROM_4, engine_slowdown=slowdown, learner_slowdown=slowdown)
+    before = config(concurrency=1, mode=mode)
+    proposal = propose(measured, before)
+    values = override({"train": before.model_dump(exclude_unset=True)}, proposal.assignments)
+    again = propose(measured, GRPOConfig.parse(values["train"]))
     assert again.now == proposal.proposed
     assert again.assignments == {}
+
+
+def test_a_limit_of_requests_that_is_never_reached_goes_down_with_the_slots() -> None:
+    measured = measurements(engine=FLAT_FROM_4, learner=(LearnerLevel(tokens=400, token_s=1e-6),))
+    key = "train.engine_config.max_num_seqs"
+    assert row(propose(measured, config(concurrency=8)), key) == (16, 8)
+    assert row(propose(measured, config(concurrency=1)), key) == (16, 4)
+    unset = propose(measured, config(engine_config={}))
+    assert key not in unset.assignments, "a default is nobody's choice"
 
 
 @pytest.mark.parametrize(
@@ -150,8 +201,18 @@ def test_a_crowded_gpu_takes_from_the_engine() -> None:
 
 
 def test_an_engine_that_still_gets_faster_is_a_note() -> None:
-    proposal = propose(measurements(engine=levels({1: 100.0, 4: 300.0, 16: 900.0})), config())
-    assert any("raise max_num_seqs" in note for note in proposal.notes)
+    def is_noted(last: Sequence[float], **changes: object) -> bool:
+        measured = measurements(engine=levels_of({1: [100.0], 4: [250.0, 300.0], 16: last}))
+        return any("raise max_num_seqs" in note for note in propose(measured, config(**changes)).notes)
+
+    assert is_noted([900.0, 850.0])
+    assert not is_noted([320.0, 900.0]), "the gain is within what the rounds differ by"
+    assert not is_noted([900.0, 850.0], groups_per_step=1, mode="sync"), "8 episodes never make 16 requests"
+
+
+def test_a_level_without_a_token_is_none() -> None:
+    found = levels_of({1: [0.0, 0.0], 4: [0.0, 10.0]})
+    assert found == (EngineLevel(concurrency=4, tokens_per_s=10.0, worst_tokens_per_s=0.0),)
 
 
 def test_fixed_cost_is_the_line_through_the_two_smallest_sizes() -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from palaestra.errors import ConfigError
 from palaestra.trainer._proc import available_mb, cpu_seconds, descendants, machine_seconds, memory_mb
 from palaestra.trainer.job import Job
-from palaestra.trainer.sizing import SIZE_FILE, conditions_of, propose, read_size, to_toml, write_size
+from palaestra.trainer.sizing import conditions_of, propose, read_size, to_toml, write_size
+from palaestra.trainer.sizing._record import SIZE_FILE
 from tests.toys import register_echo
 from tests.trainer.test_sizing_model import measurements
 

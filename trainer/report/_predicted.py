@@ -50,7 +50,7 @@ _PARTS = (
 def compare(
     predictions: Sequence[PredictedSettings], conditions: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
 ) -> Comparison:
-    """The prediction made for these `conditions` against the recorded steps.
+    """The prediction made for these `conditions` against steps that were made under them.
 
     The first step is left out where there are three or more: nothing was under way when it began.
     """
@@ -58,14 +58,14 @@ def compare(
     if not made:
         return Comparison(rows=(), verdict=_other_settings(predictions, conditions))
     if not steps:
-        return Comparison(rows=(), verdict="No step was made, so there is nothing to compare the prediction with.")
+        return Comparison(rows=(), verdict="No step was made with these settings: there is nothing to compare.")
     counted = steps[1:] if len(steps) >= _LEAST_STEPS else steps
     predicted = made[0].predicted.to_json()
     rows = tuple(
         _row(name, predicted[key], median(step[recorded] for step in counted)) for name, key, recorded in _PARTS
     )
     tokens = median(step["num_sampled_tokens"] for step in counted) / predicted["tokens"]
-    return Comparison(rows=rows, verdict=_verdict(rows[0], len(counted), len(steps), tokens))
+    return Comparison(rows=rows, verdict=_verdict(rows, len(counted), len(steps), tokens))
 
 
 def _row(name: str, predicted_s: float, measured_s: float) -> ComparedTime:
@@ -73,11 +73,16 @@ def _row(name: str, predicted_s: float, measured_s: float) -> ComparedTime:
     return ComparedTime(name=name, predicted_s=predicted_s, measured_s=measured_s, ratio=ratio)
 
 
-def _verdict(step: ComparedTime, num_counted: int, num_steps: int, tokens: float) -> str:
+def _verdict(rows: Sequence[ComparedTime], num_counted: int, num_steps: int, tokens: float) -> str:
+    step, *parts = rows
     assert step.ratio is not None, "a predicted step takes time"
     held = "The prediction held" if abs(step.ratio - 1.0) <= _HELD else "The prediction did not hold"
     counted = f"the median of {num_counted} of {num_steps} steps"
     text = f"{held}: {counted} took {step.ratio:.2f} times the predicted seconds."
+    # two errors can cancel out: a part that is off by what would break the whole is named
+    for part in parts:
+        if abs(part.measured_s - part.predicted_s) > _HELD * step.predicted_s:
+            text += f" {part.name.capitalize()} took {part.measured_s:.2f} s instead of {part.predicted_s:.2f} s."
     if abs(tokens - 1.0) > _OTHER_EPISODES:
         text += f" A step sampled {tokens:.2f} times the tokens of the episodes that were measured."
     return text

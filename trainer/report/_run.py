@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palaestra.errors import ConfigError
+from palaestra.errors import PalaestraError
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.ledger import read_configs
 from palaestra.trainer.report._page import Stage, write_report
 from palaestra.trainer.report._predicted import Comparison, compare
 from palaestra.trainer.sizing import conditions_of, read_size
 
 if TYPE_CHECKING:
-    from palaestra.trainer.config import GRPOConfig
     from palaestra.trainer.trainer import FitResult
 
 
@@ -42,9 +45,22 @@ def _comparison(
 ) -> Comparison | None:
     try:
         predictions = read_size(run)
-    except ConfigError as error:
+        if predictions is None:
+            return None
+        conditions = conditions_of(model, suite, config)
+        made_with = [json.dumps(values) for _, values in read_configs(run, [step["step"] for step in result.steps])]
+        # a run may have gone on with other settings than it began with
+        is_same = {
+            text: conditions_of(model, suite, GRPOConfig.parse(json.loads(text))) == conditions
+            for text in dict.fromkeys(made_with)
+        }
+        steps = [step for step, text in zip(result.steps, made_with, strict=True) if is_same[text]]
+    except PalaestraError as error:
         return Comparison(rows=(), verdict=f"Not compared: {error}.")
-    return compare(predictions, conditions_of(model, suite, config), result.steps) if predictions is not None else None
+    found = compare(predictions, conditions, steps)
+    num_others = len(result.steps) - len(steps)
+    others = f" Not counted: {num_others} made with other settings." if num_others else ""
+    return replace(found, verdict=found.verdict + others)
 
 
 def _facts(result: FitResult, model: str, suite: Mapping[str, Any], config: GRPOConfig) -> dict[str, str]:
@@ -53,7 +69,7 @@ def _facts(result: FitResult, model: str, suite: Mapping[str, Any], config: GRPO
         "environments": ", ".join(suite["weights"]),
         "updates": f"{result.version} of {config.steps}",
         "batch": f"{config.groups_per_step} groups of {config.group_size} episodes, {config.concurrency} at once",
-        "mode": config.mode if config.mode == "sync" else f"async, lag at most {config.max_lag}",
+        "mode": config.mode if config.mode == "sync" else f"{config.mode}, lag at most {config.max_lag}",
         "engine": config.engine,
         "seed": str(config.seed),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()}",

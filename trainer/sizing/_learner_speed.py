@@ -47,6 +47,10 @@ class LearnerSpeed:
     levels: tuple[LearnerLevel, ...]
     notes: tuple[str, ...]
 
+    def step_s(self, level: LearnerLevel) -> float:
+        """Seconds of a step with one micro-batch of that size."""
+        return self.update_s + level.tokens * level.token_s
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,14 +24,16 @@ from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
 from palaestra.errors import ConfigError, ungrouped
 from palaestra.resources import Resources
+from palaestra.trainer._interrupts import interrupts
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.job import Job
 from palaestra.trainer.learner import LocalLearner
 from palaestra.trainer.progress import Bar, Display
+from palaestra.trainer.sizing._contention import RolloutBench
 from palaestra.trainer.sizing._episodes import Played, Stage, play_some
-from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed, scratch_config
+from palaestra.trainer.sizing._learner_speed import LearnerBench, scratch_config
 from palaestra.trainer.sizing._load import EngineProcess, LearnerProcess, Player, Watch, Watched, send_requests
-from palaestra.trainer.sizing._measured import EngineLevel, GpuMemory, LearnerLevel, Measurements
+from palaestra.trainer.sizing._measured import EngineLevel, GpuMemory, Measurements, tokens_per_turn
 from palaestra.trainer.sizing._model import episode_flow, setting_of
 from palaestra.trainer.sizing._trace import prompts_of
 from palaestra.trainer.sync import WeightSync
@@ -43,7 +45,6 @@ _LEVEL_FACTOR = 4
 _NUM_ROUNDS = 2
 """Other work on the machine only ever slows: the better of two rounds is nearer to the engine's own speed."""
 
-_QUIET_CORES = 0.25
 _NUM_CANARIES = 2
 _BEFORE_FIRST_WEIGHTS = -1
 _MIB = 1 << 20
@@ -52,9 +53,10 @@ _MIB = 1 << 20
 async def measure(job: Job, *, seconds: float, logs: Path, display: Display) -> Measurements:
     """Measure the parts of `job` for about `seconds`, after they have started; their logs go to the folder `logs`.
 
-    Raises `ConfigError` for what the user can mend, `WorkerError` when a part dies or every episode fails.
+    Ctrl-C and SIGTERM cancel it. Raises `ConfigError` for what the user can mend, `WorkerError` when a part dies or
+    every episode fails.
     """
-    with ungrouped():
+    with ungrouped(), interrupts():
         async with _open(job, logs, display) as bench:
             with display.bar("measuring", seconds) as bar:
                 return await bench.run(seconds, bar)
@@ -121,7 +123,6 @@ class _Bench:
         self._watch = Watch(engine, learner)
         self._canaries: list[list[int]] = []
         self._idle_sync_s: list[float] = []
-        self._busy_sync_s: list[float] = []
         policy = EnginePolicy(engine, renderer, job.train.sampling)
         config = job.train
         self._player = Player(suite, policy, resources, group_size=config.group_size, seed=config.seed)
@@ -135,37 +136,41 @@ class _Bench:
         self._canaries = [t.ids.tolist() for t in played.trajectories[:_NUM_CANARIES]]
         bench = LearnerBench(self._learner, played.trajectories, self._config.learner)
         bar.move_to(_PLAY * seconds, "engine")
-        levels, engine_alone = await self._measure_engine(played, bench, _ENGINE * seconds)
+        levels, engine_alone, unanswered = await self._measure_engine(played, bench, _ENGINE * seconds)
         bar.move_to((_PLAY + _ENGINE) * seconds, "learner")
         async with self._watch.during() as learner_alone:
             speed = await bench.measure(_LEARNER * seconds)
         await self._publish(bench)
         bar.move_to((1.0 - _ROLLOUTS) * seconds, "rollouts, alone and with learning")
         slots = min(self._config.concurrency, setting_of(self._config).most_slots)
-        rollouts = await self._measure_rollouts(bench, speed, slots, _ROLLOUTS * seconds)
+        loads = RolloutBench(self._player, self._watch, bench, lambda: self._publish(bench), slots=slots)
+        per_turn = tokens_per_turn(played.work)
+        rollouts = await loads.measure(speed, _ROLLOUTS * seconds, tokens_per_turn=per_turn)
         bar.move_to(seconds)
-        cores = {
-            "engine alone": engine_alone.cores,
-            "learner alone": learner_alone.cores,
-            "rollouts alone": rollouts.alone.cores,
-            "together": rollouts.together.cores,
-        }
         measured = Measurements(
             player="model" if played.is_model else "expert",
+            context=self._engine.max_model_len,
             episodes=played.work,
             engine=levels,
             learner=speed.levels,
             learner_update_s=speed.update_s,
             sync_s=median(self._idle_sync_s),
-            busy_sync_s=median(self._busy_sync_s or self._idle_sync_s),
+            busy_sync_s=rollouts.sync_s,
+            driver_s=rollouts.alone.driver_s * per_turn / rollouts.alone.tokens,
             engine_slowdown=rollouts.engine_slowdown,
             learner_slowdown=rollouts.learner_slowdown,
             num_cores=len(os.sched_getaffinity(0)),
             gpu_memory=_gpu_memory(self._config),
-            cores=cores,
-            notes=(*played.notes, *speed.notes, *_noise(cores)),
+            cores={
+                "engine alone": engine_alone.cores,
+                "learner alone": learner_alone.cores,
+                "rollouts alone": rollouts.alone.cores,
+                "together": rollouts.together.cores,
+            },
+            notes=(*played.notes, *unanswered, *speed.notes),
         )
-        return _calibrated(measured, rollouts.alone, slots)
+        expected = float(episode_flow(measured, slots)[-1]) * per_turn
+        return replace(measured, overhead=max(1.0, expected / rollouts.alone.tokens_per_s))
 
     async def _publish(self, bench: LearnerBench) -> float:
         """Hand new weights to the engine, as after a step, which also empties its prefix cache; seconds without step.
@@ -180,11 +185,12 @@ class _Bench:
 
     async def _measure_engine(
         self, played: Played, bench: LearnerBench, seconds: float
-    ) -> tuple[tuple[EngineLevel, ...], Watched]:
-        """Tokens per second at rising concurrencies, the better of two rounds; what was watched at the last."""
+    ) -> tuple[tuple[EngineLevel, ...], Watched, list[str]]:
+        """Tokens per second at rising concurrencies in two rounds; what was watched at the last; what told nothing."""
         prompts = [prompt for trajectory in played.trajectories for prompt in prompts_of(trajectory)]
         counts = level_counts(self._config.engine_config.max_num_seqs)
-        best: dict[int, float] = {}
+        rounds: dict[int, list[float]] = {count: [] for count in counts}
+        share_s = seconds / len(counts) / _NUM_ROUNDS
         for count in counts * _NUM_ROUNDS:
             self._idle_sync_s.append(await self._publish(bench))
             watched = await send_requests(
@@ -194,80 +200,30 @@ class _Bench:
                 self._renderer.stop_ids,
                 self._watch,
                 slots=count,
-                seconds=seconds / len(counts) / _NUM_ROUNDS,
+                seconds=share_s,
             )
-            if watched.tokens:
-                best[count] = max(watched.tokens_per_s, best.get(count, 0.0))
-        if not best:
+            rounds[count].append(watched.tokens_per_s)
+        levels = levels_of(rounds)
+        if not levels:
             raise ConfigError(f"the engine sampled no token in {seconds:.0f} s: give more time with --seconds")
-        return tuple(EngineLevel(concurrency=count, tokens_per_s=best[count]) for count in sorted(best)), watched
-
-    async def _measure_rollouts(
-        self, bench: LearnerBench, speed: LearnerSpeed, slots: int, seconds: float
-    ) -> _Rollouts:
-        """Rollouts by themselves and beside a learner that steps, in turns; the better of two rounds of each."""
-        share_s = seconds / (2 * _NUM_ROUNDS)
-        level = next((one for one in reversed(speed.levels) if _step_s(one, speed) < share_s / 4), speed.levels[0])
-        alone: list[Watched] = []
-        together: list[Watched] = []
-        taken_s: list[float] = []
-        for _ in range(_NUM_ROUNDS):
-            alone.append((await self._player.play(self._watch, slots=slots, seconds=share_s))[1])
-            watched, step_s = await self._play_and_learn(bench, level.tokens, slots, share_s)
-            together.append(watched)
-            taken_s.append(step_s)
-        return _Rollouts(
-            alone=max(alone, key=lambda watched: watched.tokens_per_s),
-            together=max(together, key=lambda watched: watched.tokens_per_s),
-            learner_slowdown=max(1.0, min(taken_s) / _step_s(level, speed)),
-        )
-
-    async def _play_and_learn(
-        self, bench: LearnerBench, size: int, slots: int, seconds: float
-    ) -> tuple[Watched, float]:
-        """Rollouts while the learner steps: what was watched, and the median of the steps' seconds."""
-        num_rows = bench.num_rows(size)
-        taken_s: list[float] = []
-
-        over = asyncio.Event()
-
-        async def keep_learning() -> None:
-            taken_s.append(await bench.step(num_rows))
-            self._busy_sync_s.append(await self._publish(bench))
-            while not over.is_set():  # not cancelled: the learner would go on with its step all the same
-                taken_s.append(await bench.step(num_rows))
-
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep_learning())
-            _, watched = await self._player.play(self._watch, slots=slots, seconds=seconds)
-            over.set()
-        return watched, median(taken_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rollouts:
-    """Rollouts alone and beside a learner, and how much slower its steps were than alone."""
-
-    alone: Watched
-    together: Watched
-    learner_slowdown: float
-
-    @property
-    def engine_slowdown(self) -> float:
-        """How much slower the engine was beside the learner; 1 where it sampled too little to tell."""
-        if not self.alone.tokens or not self.together.tokens:
-            return 1.0
-        return max(1.0, self.alone.tokens_per_s / self.together.tokens_per_s)
-
-
-def _step_s(level: LearnerLevel, speed: LearnerSpeed) -> float:
-    return speed.update_s + level.tokens * level.token_s
+        silent = sorted(rounds.keys() - {level.concurrency for level in levels})
+        lost = f"with {', '.join(map(str, silent))} requests at once the engine sampled no token in {share_s:.1f} s"
+        return levels, watched, [f"{lost}: give more time with --seconds"] if silent else []
 
 
 def level_counts(most: int) -> list[int]:
     """Concurrencies to measure: 1, 4, 16 and so on, and `most`."""
     counts = [_LEVEL_FACTOR**power for power in range(16) if _LEVEL_FACTOR**power < most]
     return [*counts, most]
+
+
+def levels_of(rounds: Mapping[int, Sequence[float]]) -> tuple[EngineLevel, ...]:
+    """Best and worst of each concurrency's rounds, in tokens per second; one without a token is left out."""
+    return tuple(
+        EngineLevel(concurrency=count, tokens_per_s=max(rates), worst_tokens_per_s=min(rates))
+        for count, rates in sorted(rounds.items())
+        if max(rates) > 0
+    )
 
 
 def _gpu_memory(config: GRPOConfig) -> GpuMemory | None:
@@ -277,21 +233,3 @@ def _gpu_memory(config: GRPOConfig) -> GpuMemory | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return GpuMemory(total_mb=total / _MIB, free_mb=free / _MIB)
-
-
-def _calibrated(measured: Measurements, rollouts: Watched, slots: int) -> Measurements:
-    """With the driver's share of a turn, and how much slower rollouts were than the model of them says."""
-    num_turns = rollouts.tokens / measured.tokens_per_turn
-    if num_turns < 1:
-        return measured
-    measured = replace(measured, driver_s=rollouts.driver_s / num_turns)
-    expected = float(episode_flow(measured, slots)[-1]) * measured.tokens_per_turn
-    return replace(measured, overhead=max(1.0, expected / rollouts.tokens_per_s))
-
-
-def _noise(cores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A warning when somebody else used the machine."""
-    others = max(used["others"] for used in cores.values())
-    if others <= _QUIET_CORES:
-        return []
-    return [f"other work used up to {others:.1f} cores: the prediction is for a machine as busy as this one was"]

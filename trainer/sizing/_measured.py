@@ -6,9 +6,11 @@ Invariant: rates are above 0, and the two slowdowns and the overhead are at leas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+_QUIET_CORES = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +25,14 @@ class EpisodeWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLevel:
-    """Sampled tokens per second, of all requests together, while `concurrency` requests were always under way."""
+    """Sampled tokens per second, of all requests together, while `concurrency` requests were always under way.
+
+    Of several rounds the best; `worst_tokens_per_s` was the slowest of them.
+    """
 
     concurrency: int
     tokens_per_s: float
+    worst_tokens_per_s: float
 
     @property
     def token_s(self) -> float:
@@ -54,14 +60,15 @@ class GpuMemory:
 class Measurements:
     """Everything that was measured.
 
-    `player` says whose episodes they are. `learner_update_s` is what an update costs beside its tokens.
-    `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the engine has nothing to do.
-    `driver_s` are processor seconds of this process for each turn. `overhead` is how much longer real rollouts took
-    than the queueing model says; the slowdowns are how much slower engine and learner were at the same time than
-    alone. `cores` are the cores in use by phase and process.
+    `player` says whose episodes they are, `context` the most tokens that one can have. `learner_update_s` is what an
+    update costs beside its tokens. `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the
+    engine has nothing to do. `driver_s` are processor seconds of this process for each turn. `overhead` is how much
+    longer real rollouts took than the queueing model says; the slowdowns are how much slower engine and learner were at
+    the same time than alone. `cores` are the cores in use by phase and process.
     """
 
     player: Literal["model", "expert"]
+    context: int
     episodes: tuple[EpisodeWork, ...]
     engine: tuple[EngineLevel, ...]
     learner: tuple[LearnerLevel, ...]
@@ -85,12 +92,22 @@ class Measurements:
     @property
     def tokens_per_turn(self) -> float:
         """Mean number of sampled tokens in a turn."""
-        return math.fsum(e.num_sampled for e in self.episodes) / math.fsum(e.num_turns for e in self.episodes)
+        return tokens_per_turn(self.episodes)
 
     @property
     def env_s_per_turn(self) -> float:
         """Mean seconds inside the environment for each turn, begin and verdict included."""
         return math.fsum(e.env_s for e in self.episodes) / math.fsum(e.num_turns for e in self.episodes)
+
+    @property
+    def other_cores(self) -> float:
+        """Most cores that other work used in any phase."""
+        return max((used.get("others", 0.0) for used in self.cores.values()), default=0.0)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other work used the machine so much that small differences mean nothing."""
+        return self.other_cores > _QUIET_CORES
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; of the episodes, their number and means."""
@@ -99,3 +116,8 @@ class Measurements:
         values["engine"] = [asdict(level) | {"token_s": level.token_s} for level in self.engine]
         means = ("turns_per_episode", "tokens_per_turn", "env_s_per_turn")
         return values | {name: getattr(self, name) for name in means}
+
+
+def tokens_per_turn(episodes: Sequence[EpisodeWork]) -> float:
+    """Mean number of sampled tokens in a turn of some episodes."""
+    return math.fsum(each.num_sampled for each in episodes) / math.fsum(each.num_turns for each in episodes)

@@ -5,7 +5,8 @@ episodes under way (`_queue.py`):
 
     sync:      step = gen + learn + sync,  gen = the time in which `concurrency` slots play B episodes to their end
     one-step:  step = sync + max(gen + (1 - 1/e) * l * learn,  l * learn),  with the same gen
-    async:     as one-step, with gen = B n / X(min(concurrency, max_lag * B)): the next batch fills the slots
+    async:     as one-step, with gen = n * sum over f < B of 1 / X(min(concurrency, (max_lag + 1) * B - f)), since what
+               ended (f) is replaced after the step alone; of more slots than that, none is used
 
 `sync` is measured with an idle engine for the first two and a busy one for async. `e` and `l` are the measured
 slowdowns of engine and learner while both work: without any, and with a sync that takes
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from palaestra.trainer.batch import pack_by_length
 from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.rollouts import most_in_hand
 from palaestra.trainer.sizing._measured import EpisodeWork, Measurements
 from palaestra.trainer.sizing._queue import drain_s, engine_rates, throughputs
 
@@ -45,6 +47,7 @@ class Setting:
     groups_per_step: int
     concurrency: int
     micro_batch_tokens: int
+    num_spare: int = 0
     num_epochs: int = 1
     num_minibatches: int = 1
 
@@ -56,7 +59,17 @@ class Setting:
     @property
     def most_slots(self) -> int:
         """Slots beyond which none is ever used: no more episodes are issued at a time."""
-        return self.num_episodes * max(1, self.max_lag)
+        return most_in_hand(
+            group_size=self.group_size,
+            groups_per_step=self.groups_per_step,
+            max_lag=self.max_lag,
+            num_spare=self.num_spare,
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of a step; a minibatch without an episode makes none."""
+        return self.num_epochs * min(self.num_minibatches, self.num_episodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +98,7 @@ def setting_of(config: GRPOConfig) -> Setting:
         groups_per_step=config.groups_per_step,
         concurrency=config.concurrency,
         micro_batch_tokens=config.learner.max_micro_batch_tokens,
+        num_spare=config.num_spare,
         num_epochs=config.learner.num_epochs,
         num_minibatches=config.learner.num_minibatches,
     )
@@ -100,8 +114,8 @@ def predict(measured: Measurements, setting: Setting) -> Prediction:
     tokens = setting.num_episodes * measured.turns_per_episode * measured.tokens_per_turn
     is_flowing = setting.mode == "async"
     sync_s = measured.busy_sync_s if is_flowing else measured.sync_s
-    generation_s = math.fsum(work) / float(turns_per_s[-1]) if is_flowing else drain_s(work, slots, turns_per_s)
-    generation_s *= measured.overhead
+    flow_s = _flow_s(measured, setting, turns_per_s) if is_flowing else drain_s(work, slots, turns_per_s)
+    generation_s = flow_s * measured.overhead
     if setting.mode == "sync":
         step_s, wait_s = generation_s + learn_s + sync_s, generation_s
     else:
@@ -129,14 +143,11 @@ def episode_flow(measured: Measurements, slots: int) -> NDArray[np.float64]:
 
 
 def learning_s(measured: Measurements, setting: Setting, batch: Sequence[EpisodeWork]) -> float:
-    """Seconds of a step in a learner that has its cores for itself."""
-    lengths = [episode.num_inputs for episode in batch]
-    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: lengths[i])
-    parts = pack_by_length(order, lengths, setting.micro_batch_tokens)
-    padded = [len(part) * max(lengths[i] for i in part) for part in parts]
+    """Seconds of a step in a learner that has its cores for itself; each minibatch is packed by itself."""
+    minibatches = np.array_split(np.array([episode.num_inputs for episode in batch]), setting.num_minibatches)
+    padded = [size for lengths in minibatches for size in _padded(lengths.tolist(), setting.micro_batch_tokens)]
     tokens_s = math.fsum(size * _token_s(measured, size) for size in padded)
-    updates = setting.num_epochs * setting.num_minibatches
-    return setting.num_epochs * tokens_s + updates * measured.learner_update_s
+    return setting.num_epochs * tokens_s + setting.num_updates * measured.learner_update_s
 
 
 def spread(episodes: Sequence[EpisodeWork], count: int) -> list[EpisodeWork]:
@@ -155,6 +166,19 @@ def _work(measured: Measurements, batch: Sequence[EpisodeWork]) -> list[float]:
     return [seconds / mean_s * measured.turns_per_episode for seconds in alone_s]
 
 
+def _flow_s(measured: Measurements, setting: Setting, turns_per_s: NDArray[np.float64]) -> float:
+    """Seconds until as many episodes as a batch has ended, where the next ones are under way already."""
+    under_way = setting.most_slots - np.arange(setting.num_episodes)
+    flow = turns_per_s[np.minimum(under_way, len(turns_per_s)) - 1]
+    return float(np.sum(measured.turns_per_episode / flow))
+
+
+def _padded(lengths: Sequence[int], most: int) -> list[int]:
+    """Padded tokens of each micro-batch of some rows."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [len(part) * lengths[part[-1]] for part in pack_by_length(order, lengths, most)]
+
+
 def _token_s(measured: Measurements, size: int) -> float:
     levels = measured.learner
     return float(np.interp(size, [level.tokens for level in levels], [level.token_s for level in levels]))
@@ -164,5 +188,5 @@ def _ideal_s(measured: Measurements, setting: Setting, batch: Sequence[EpisodeWo
     fastest = max(level.tokens_per_s for level in measured.engine)
     token_s = min(level.token_s for level in measured.learner)
     inputs = math.fsum(episode.num_inputs for episode in batch)
-    updates = setting.num_epochs * setting.num_minibatches
-    return max(tokens / fastest, setting.num_epochs * inputs * token_s + updates * measured.learner_update_s)
+    learn_s = setting.num_epochs * inputs * token_s + setting.num_updates * measured.learner_update_s
+    return max(tokens / fastest, learn_s)

@@ -1,9 +1,9 @@
 """From measurements to a proposal: which settings, why, and what the step then takes.
 
-Rules, in order: the fastest mode (of equal ones that with less lag) if it gains 5 %, else the one that is set; the
-micro-batch that learns fastest of those that fit, if that gains 5 %; the fewest episode slots within 2 % of the fastest
-step (the knee); no more threads than cores. The batch stays the user's, because it decides what is learned: what
-another one would cost is a note.
+Rules, in order: of the modes in which the engine works as it was measured, the fastest (of equal ones that with less
+lag) if it gains 5 % and the machine was quiet, else the one that is set; the micro-batch that learns fastest of those
+that fit, if that gains 5 %; the fewest episode slots within 2 % of the fastest step (the knee); no more threads than
+cores. The batch stays the user's, because it decides what is learned: what another one would cost is a note.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class Proposal:
 def propose(measured: Measurements, config: GRPOConfig) -> Proposal:
     """A proposal for `config`, on whose parts the measurements were made."""
     now = setting_of(config)
-    by_mode = {mode: _best(measured, setting) for mode, setting in _modes(now, config).items()}
-    chosen, proposed = _choose_mode(now, by_mode)
+    modes = _modes(now, config)
+    by_mode = {mode: _best(measured, setting) for mode, setting in modes.items() if _is_measured(mode, config)}
+    chosen, proposed = _choose_mode(measured, now, by_mode)
     now_step = predict(measured, now)
     changes = [
         *_mode_changes(now, chosen, by_mode),
         _concurrency_change(measured, now, chosen),
+        *_request_changes(config, chosen),
         *_batch_rows(now),
         _micro_batch_change(measured, now, chosen),
         *_split_changes(measured, config),
@@ -74,7 +76,11 @@ def propose(measured: Measurements, config: GRPOConfig) -> Proposal:
         now=now_step,
         proposed=proposed,
         by_mode=by_mode,
-        notes=(*measured.notes, *_notes(measured, config, chosen, proposed)),
+        notes=(
+            *measured.notes,
+            *_limits(measured, config, [mode for mode in modes if mode not in by_mode]),
+            *_hints(measured, config, chosen, proposed),
+        ),
     )
 
 
@@ -87,6 +93,11 @@ def _modes(now: Setting, config: GRPOConfig) -> dict[str, Setting]:
     return modes
 
 
+def _is_measured(mode: str, config: GRPOConfig) -> bool:
+    """Whether the engine works in that mode as it does in the one that was measured."""
+    return config.model_copy(update={"mode": mode}).engine_settings == config.engine_settings
+
+
 def _best(measured: Measurements, setting: Setting) -> tuple[Setting, Prediction]:
     setting = replace(setting, micro_batch_tokens=_best_micro_batch(measured, setting))
     setting = replace(setting, concurrency=_knee(measured, setting))
@@ -94,9 +105,14 @@ def _best(measured: Measurements, setting: Setting) -> tuple[Setting, Prediction
 
 
 def _best_micro_batch(measured: Measurements, setting: Setting) -> int:
-    """The measured size that learns fastest; the present one where no other gains anything worth a change."""
-    sizes = {level.tokens for level in measured.learner}
-    if setting.micro_batch_tokens <= max(sizes):
+    """The measured size that learns fastest; the present one where no other gains anything worth a change.
+
+    Sizes below the longest conversation, or the present size, are for where memory takes no others: they bound nothing.
+    """
+    least = min(measured.context, setting.micro_batch_tokens)
+    fitting = {level.tokens for level in measured.learner}
+    sizes = {size for size in fitting if size >= least} or fitting
+    if setting.micro_batch_tokens <= max(fitting):
         sizes.add(setting.micro_batch_tokens)
     learn_s = {size: predict(measured, replace(setting, micro_batch_tokens=size)).learn_s for size in sorted(sizes)}
     best = min(learn_s, key=lambda size: learn_s[size])
@@ -115,12 +131,13 @@ def _knee(measured: Measurements, setting: Setting) -> int:
     return present if knee <= present <= 2 * knee and step_s.get(present, math.inf) <= limit_s else knee
 
 
-def _choose_mode(now: Setting, by_mode: Mapping[str, tuple[Setting, Prediction]]) -> tuple[Setting, Prediction]:
-    fastest = min(by_mode, key=lambda mode: by_mode[mode][1].step_s)
-    kept = by_mode.get(now.mode)
-    if kept is not None and kept[1].step_s <= (1 + _WORTH_A_MODE) * by_mode[fastest][1].step_s:
-        return kept
-    return by_mode[fastest]
+def _choose_mode(
+    measured: Measurements, now: Setting, by_mode: Mapping[str, tuple[Setting, Prediction]]
+) -> tuple[Setting, Prediction]:
+    fastest = min(by_mode.values(), key=lambda best: best[1].step_s)
+    kept = by_mode[now.mode]
+    is_worth_it = kept[1].step_s > (1 + _WORTH_A_MODE) * fastest[1].step_s
+    return fastest if is_worth_it and not measured.is_disturbed else kept
 
 
 def _mode_changes(now: Setting, chosen: Setting, by_mode: Mapping[str, tuple[Setting, Prediction]]) -> list[Change]:
@@ -145,6 +162,15 @@ def _concurrency_change(measured: Measurements, now: Setting, chosen: Setting) -
     return Change(key="train.concurrency", now=now.concurrency, proposed=chosen.concurrency, why=why)
 
 
+def _request_changes(config: GRPOConfig, chosen: Setting) -> list[Change]:
+    """A limit that was set for more episodes than are played now is never reached."""
+    engine = config.engine_config
+    if "max_num_seqs" not in engine.model_fields_set or engine.max_num_seqs <= chosen.concurrency:
+        return []
+    key, why = "train.engine_config.max_num_seqs", "an episode has one request at a time"
+    return [Change(key=key, now=engine.max_num_seqs, proposed=chosen.concurrency, why=why)]
+
+
 def _batch_rows(now: Setting) -> list[Change]:
     why = "yours: it decides what is learned"
     return [
@@ -156,7 +182,7 @@ def _batch_rows(now: Setting) -> list[Change]:
 def _micro_batch_change(measured: Measurements, now: Setting, chosen: Setting) -> Change:
     key, size = "train.learner.max_micro_batch_tokens", chosen.micro_batch_tokens
     if size == now.micro_batch_tokens:
-        why = "no other measured size learns noticeably faster"
+        why = "no other measured size that holds a whole conversation learns noticeably faster"
     elif now.micro_batch_tokens > max(level.tokens for level in measured.learner):
         why = "the largest size that fitted into memory"
     else:
@@ -196,17 +222,33 @@ def share_of_gpu(memory: GpuMemory, *, now: float) -> float:
     return now if abs(share - now) <= 0.05 else share
 
 
-def _notes(measured: Measurements, config: GRPOConfig, chosen: Setting, step: Prediction) -> Sequence[str]:
+def _limits(measured: Measurements, config: GRPOConfig, apart: Sequence[str]) -> list[str]:
+    """What the prediction does not hold for; `apart` are modes in which the engine works otherwise."""
     notes = []
+    if measured.is_disturbed:
+        notes.append(
+            f"other work used up to {measured.other_cores:.1f} cores: the prediction is for a machine as busy as this "
+            "one was, and no other mode is proposed"
+        )
+    if apart:
+        notes.append(
+            f"{' and '.join(apart)}: the engine works otherwise there (batch_invariant) than it was measured; measure "
+            f"by itself with --set train.mode={apart[-1]}"
+        )
     if config.num_spare:
         notes.append(f"the {config.num_spare} spare episodes of each group are not in the prediction")
-    if config.model_copy(update={"mode": chosen.mode}).engine_settings != config.engine_settings:
-        notes.append(f"the engine was measured as it works in mode {config.mode!r}: measure {chosen.mode!r} by itself")
-    levels = measured.engine
-    if len(levels) > 1 and levels[-1].tokens_per_s > _STILL_RISING * levels[-2].tokens_per_s:
-        limit = config.engine_config.max_num_seqs
+    if config.drop_zero_variance:
+        notes.append("groups that are replaced because their rewards agree are not in the prediction")
+    return notes
+
+
+def _hints(measured: Measurements, config: GRPOConfig, chosen: Setting, step: Prediction) -> list[str]:
+    """What could be tried, but is not proposed."""
+    notes = []
+    limit = config.engine_config.max_num_seqs
+    if _is_still_rising(measured) and chosen.most_slots > limit:
         notes.append(f"the engine still gets faster at {limit} requests: raise max_num_seqs and measure again")
-    fastest = max(level.tokens_per_s for level in levels)
+    fastest = max(level.tokens_per_s for level in measured.engine)
     used = step.tokens / fastest / step.step_s
     larger = replace(chosen, groups_per_step=2 * chosen.groups_per_step, concurrency=2 * chosen.concurrency)
     factor = predict(measured, larger).step_s / step.step_s
@@ -216,3 +258,9 @@ def _notes(measured: Measurements, config: GRPOConfig, chosen: Setting, step: Pr
             f"take {factor:.2f} times the step; a larger batch learns differently, so this is yours to decide"
         )
     return notes
+
+
+def _is_still_rising(measured: Measurements) -> bool:
+    """Whether even the slower round with the most requests beats the better one with fewer."""
+    levels = measured.engine
+    return len(levels) > 1 and levels[-1].worst_tokens_per_s > _STILL_RISING * levels[-2].tokens_per_s

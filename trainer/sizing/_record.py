@@ -57,6 +57,9 @@ _TRAIN_KEYS = (
     "concurrency",
     "engine",
     "drop_zero_variance",
+    "train_on_truncated",
+    "group_timeout_s",
+    "canary_every",
 )
 _LEARNER_KEYS = ("max_micro_batch_tokens", "num_epochs", "num_minibatches", "threads", "device", "precision")
 _ENGINE_KEYS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from palaestra.agents.renderers._marker import MARKER
+from palaestra.agents.renderers import MARKER
 from palaestra.agents.renderers.compact import CHAT_TEMPLATE, CONTROL_TOKENS, END, PAD
 from palaestra.errors import ConfigError
 

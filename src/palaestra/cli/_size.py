@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,12 +43,13 @@ def size(
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
     from palaestra.trainer.sizing import measure, propose, write_size
 
-    job = load_job(config, assignments or (), imports or ())
-    _refuse_existing(write)
-    folder = run or job.run
     display = SilentDisplay() if as_json else TerminalDisplay()
-    with interruptible("nothing was kept"), _logs(folder) as logs:
-        measured = asyncio.run(measure(job, seconds=seconds, logs=logs, display=display))
+    with interruptible("nothing was kept"):
+        job = load_job(config, assignments or (), imports or ())
+        folder = run or job.run
+        _check_places(write, folder)
+        with _logs(folder) as logs:
+            measured = asyncio.run(measure(job, seconds=seconds, logs=logs, display=display))
     proposal = propose(measured, job.train)
     proposed = _apply(proposal, job)
     kept = write_size(folder, job, proposed, measured, proposal) if folder is not None else None
@@ -60,6 +62,10 @@ def size(
         for path, what in ((kept, "the prediction, for the report of this run"), (write, "the proposed job")):
             if path is not None:
                 typer.echo(f"{what}: {path}")
+        if kept is None:
+            typer.echo(
+                "no run folder is named, so no report will compare the prediction: give the one to be with --run"
+            )
 
 
 @contextmanager
@@ -80,11 +86,21 @@ def _logs(run: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _refuse_existing(path: Path | None) -> None:
+def _check_places(write: Path | None, run: Path | None) -> None:
+    """Refuse now what could not be written after a minute of measurement."""
     from palaestra.errors import ConfigError
 
-    if path is not None and path.exists():
-        raise ConfigError(f"{path} exists already: name a new file with --write")
+    if write is not None and write.exists():
+        raise ConfigError(f"{write} exists already: name a new file with --write")
+    for path, flag in ((write, "--write"), (run and run / "logs", "--run")):
+        if path is not None and not _can_be_made(path):
+            raise ConfigError(f"{path} cannot be written: choose another place with {flag}")
+
+
+def _can_be_made(path: Path) -> bool:
+    """Whether the nearest folder that is there takes new entries."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _apply(proposal: Proposal, job: Job) -> Job:
