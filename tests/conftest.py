@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# the same examples each time, however busy the machine is
+settings.register_profile("palaestra", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("palaestra")
 
 
 def require(part: str, reason: str | None) -> None:

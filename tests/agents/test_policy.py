@@ -50,7 +50,7 @@ texts = st.text(max_size=20)
 token_ids = st.integers(0, 360)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     replies=st.lists(st.lists(token_ids, min_size=1, max_size=12), min_size=2, max_size=4),
     answers=st.lists(texts, min_size=4, max_size=4),

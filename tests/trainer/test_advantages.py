@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from palaestra.errors import ConfigError
@@ -30,7 +30,6 @@ def test_rewards_3_0_0_by_hand(name: str, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", advantage_names())
-@settings(deadline=None)  # the machine may be busy
 @given(rewards=REWARDS, data=st.data())
 def test_invalid_rows_change_nothing_of_the_others(name: str, rewards: list[float], data: st.DataObject) -> None:
     is_valid = data.draw(st.lists(st.booleans(), min_size=len(rewards), max_size=len(rewards)))
@@ -43,7 +42,6 @@ def test_invalid_rows_change_nothing_of_the_others(name: str, rewards: list[floa
 
 
 @pytest.mark.parametrize("name", advantage_names())
-@settings(deadline=None)  # the machine may be busy
 @given(rewards=st.lists(st.floats(0, 10), min_size=2, max_size=12))
 def test_advantages_of_a_group_sum_to_zero(name: str, rewards: list[float]) -> None:
     advantages = estimate_advantages(name, rewards)
@@ -52,7 +50,6 @@ def test_advantages_of_a_group_sum_to_zero(name: str, rewards: list[float]) -> N
 
 
 @pytest.mark.parametrize("name", advantage_names())
-@settings(deadline=None)  # the machine may be busy
 @given(reward=st.floats(0, 1e6), count=st.integers(1, 16))
 def test_equal_rewards_and_groups_of_one_have_advantage_exactly_zero(name: str, reward: float, count: int) -> None:
     assert not estimate_advantages(name, [reward] * count).any()

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from palaestra.trainer.batch import TrainRow, check_rows, denominators, make_micro_batches, pack_by_length
@@ -60,7 +60,6 @@ def test_denominators_by_hand(kind: str, expected: list[float]) -> None:
     assert denominators(rows, kind, constant_length=10).tolist() == expected  # type: ignore[arg-type]
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), max_tokens=st.integers(1, 200))
 def test_packing_keeps_the_budget_and_every_row(lengths: list[int], max_tokens: int) -> None:
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
@@ -70,7 +69,6 @@ def test_packing_keeps_the_budget_and_every_row(lengths: list[int], max_tokens: 
         assert len(part) == 1 or len(part) * max(lengths[index] for index in part) <= max_tokens
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.data())
 def test_every_sampled_token_is_predicted_once_from_the_token_before_it(data: st.DataObject) -> None:
     rows = []

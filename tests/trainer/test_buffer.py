@@ -24,7 +24,7 @@ class Drops:
         self.seen.append(drop)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     versions=st.lists(st.integers(0, 6), min_size=4, max_size=30),
     max_lag=st.integers(0, 3),

@@ -202,7 +202,7 @@ async def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
         await open_ledger(tmp_path)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["issue", "finish", "train", "drop", "reopen"]), max_size=30))
 async def test_issued_is_always_trained_plus_dropped_plus_in_hand(
     tmp_path_factory: pytest.TempPathFactory, actions: list[str]

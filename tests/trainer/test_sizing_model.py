@@ -207,7 +207,7 @@ settings_st = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(measured_st, settings_st)
 def test_no_prediction_is_below_the_ideal(measured: Measurements, chosen: Setting) -> None:
     step = predict(measured, chosen)
@@ -216,7 +216,7 @@ def test_no_prediction_is_below_the_ideal(measured: Measurements, chosen: Settin
     assert min(step.generation_s, step.learn_s, step.ideal_s) > 0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(measured_st, settings_st, st.floats(0, 5))
 def test_slower_environments_never_make_a_step_faster(measured: Measurements, chosen: Setting, more_s: float) -> None:
     # the same spread of lengths: every episode waits longer in the same proportion of its own time alone
@@ -229,7 +229,7 @@ def _longer(measured: Measurements, one: EpisodeWork, more_s: float) -> EpisodeW
     return replace(one, env_s=one.env_s + more_s * alone_s)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(measured_st, settings_st, factors, factors)
 def test_contention_never_makes_a_step_faster(
     measured: Measurements, chosen: Setting, engine: float, learner: float

@@ -25,7 +25,7 @@ def make_trace() -> StepTrace:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.data())
 def test_one_changed_bit_changes_the_fingerprint(length: int, data: st.DataObject) -> None:
     numbers = np.random.default_rng(length).normal(size=length).astype(np.float32)

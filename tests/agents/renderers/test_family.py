@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -43,7 +43,7 @@ def test_a_thinking_prompt_leaves_the_thoughts_to_the_model(qwen_folder: Path) -
     assert renderer._tokenizer.decode(renderer._opening).endswith("<|im_start|>assistant\n")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(replies)
 def test_parse_inverts_encode_reply(family: FamilyRenderer, message: Message) -> None:
     ids = family.encode_reply(message, TOOLS)
@@ -51,7 +51,7 @@ def test_parse_inverts_encode_reply(family: FamilyRenderer, message: Message) ->
     assert family.parse(ids, TOOLS) == message
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(observations, st.lists(st.tuples(garbage, observations), max_size=3))
 def test_each_prompt_starts_with_the_ids_before_it(
     family: FamilyRenderer, first: list[Message], turns: list[tuple[list[int], list[Message]]]
@@ -65,7 +65,7 @@ def test_each_prompt_starts_with_the_ids_before_it(
         ids = prompt
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(control_texts)
 def test_text_never_becomes_a_control_token(family: FamilyRenderer, text: str) -> None:
     innocent = family.start([Message("user", "x"), Message("tool", "x")], TOOLS)
@@ -75,7 +75,7 @@ def test_text_never_becomes_a_control_token(family: FamilyRenderer, text: str) -
     assert family._tokenizer.decode(rendered).count(text) >= 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(garbage)
 def test_parse_never_raises(family: FamilyRenderer, ids: list[int]) -> None:
     assert family.parse(ids, TOOLS).role == "assistant"
