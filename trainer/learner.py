@@ -6,7 +6,6 @@ they were; what is written to disk appears whole or not at all. The weights live
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from palaestra.agents.engines import check_model_path
 from palaestra.config import Config
 from palaestra.errors import ConfigError
 from palaestra.processes import WorkerProcess
@@ -24,7 +24,6 @@ from palaestra.trainer.batch import Denominator, TrainRow
 from palaestra.trainer.losses import LossConfig, find_loss
 from palaestra.trainer.trace import StepTrace
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TARGET = "palaestra.trainer._learner_worker:build"
 
 
@@ -215,15 +214,3 @@ class LocalLearner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def check_model_path(model_path: str | Path) -> str:
-    """The folder or hub name; raises `ConfigError` for obvious mistakes, before a process spends seconds on imports."""
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is not a model folder: it has no config.json")
-        return str(folder.resolve())
-    if not _HUB_NAME.fullmatch(str(model_path)):
-        raise ConfigError(f"no such model folder: {folder}")
-    return str(model_path)

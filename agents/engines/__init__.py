@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palaestra.agents.engines._config import EngineConfig
-from palaestra.agents.engines._limits import fit_context
+from palaestra.agents.engines._limits import check_model_path, fit_context
 from palaestra.config import nearest
 from palaestra.errors import ConfigError
 
 if TYPE_CHECKING:
     from palaestra.agents.engines._process import ProcessEngine
 
-__all__ = ["ENGINES", "EngineConfig", "check_engine", "fit_context", "open_engine"]
+__all__ = ["ENGINES", "EngineConfig", "check_engine", "check_model_path", "fit_context", "open_engine"]
 
 ENGINES = {
     "transformers": "palaestra.agents.engines.transformers:TransformersEngine",

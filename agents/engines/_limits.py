@@ -1,4 +1,4 @@
-"""How long a context a model was made for, read from its configuration before any process starts."""
+"""Where a model is, and how long a context it was made for, known before any process starts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from palaestra.agents.engines._config import EngineConfig
+from palaestra.errors import ConfigError
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """What a model's name on the hub looks like; anything else is a folder."""
 
 _log = logging.getLogger("palaestra")
+
+
+def check_model_path(model_path: str | Path) -> str:
+    """The folder or hub name; raises `ConfigError` for obvious mistakes, before a process spends seconds on imports."""
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+        return str(folder.resolve())
+    if not _HUB_NAME.fullmatch(str(model_path)):
+        raise ConfigError(f"no such model folder: {folder}")
+    return str(model_path)
 
 
 def fit_context(config: EngineConfig, model_path: str) -> EngineConfig:
@@ -44,7 +57,7 @@ def _num_positions(model_path: str) -> int | None:
 def _config_file(model_path: str) -> Path | None:
     if Path(model_path).is_dir():
         return Path(model_path) / "config.json"
-    if not HUB_NAME.fullmatch(model_path):
+    if not _HUB_NAME.fullmatch(model_path):
         return None
     from huggingface_hub import hf_hub_download
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from palaestra.agents._engine import Completion, EngineStats, Sampling
 from palaestra.agents.engines._config import EngineConfig
-from palaestra.agents.engines._limits import HUB_NAME, fit_context
-from palaestra.errors import ConfigError, ContextFullError, PolicyError
+from palaestra.agents.engines._limits import check_model_path, fit_context
+from palaestra.errors import ContextFullError, PolicyError
 from palaestra.processes import WorkerProcess
 
 
@@ -66,7 +66,7 @@ class ProcessEngine:
         process dies or is late.
         """
         cls.check_machine()
-        local_or_hub = _local_path(model_path)
+        local_or_hub = check_model_path(model_path)
         config = await asyncio.to_thread(fit_context, config, local_or_hub)
         setup = WorkerSetup(local_or_hub, config, version)
         worker = await WorkerProcess.start(
@@ -190,14 +190,3 @@ class ProcessEngine:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             bad = next(token for token in ids if not 0 <= token < self._vocab_size)
             raise PolicyError(f"token id {bad} is outside the model's vocabulary of {self._vocab_size}")
-
-
-def _local_path(model_path: str | Path) -> str:
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is not a model folder: it has no config.json")
-        return str(folder.resolve())
-    if not HUB_NAME.fullmatch(str(model_path)):
-        raise ConfigError(f"no such model folder: {folder}")
-    return str(model_path)

@@ -27,7 +27,7 @@ from palaestra.trainer.learner import LearnerConfig
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord
 from palaestra.trainer.resume import resume
-from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers
+from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers, most_groups_in_hand
 from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.stalls import Stalls
@@ -93,7 +93,7 @@ class Run:
             policy = EnginePolicy(self.engine, self.renderer, Sampling(max_tokens=16))
             plan = RolloutPlan(
                 group_size=config.group_size,
-                max_groups_in_hand=(config.max_lag + 1) * config.groups_per_step,
+                max_groups_in_hand=most_groups_in_hand(groups_per_step=config.groups_per_step, max_lag=config.max_lag),
                 concurrency=config.concurrency,
                 seed=config.seed,
                 max_failure_rate=config.max_failure_rate,

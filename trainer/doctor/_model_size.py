@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from palaestra.agents.engines import check_model_path
 from palaestra.errors import ConfigError
-from palaestra.trainer.learner import check_model_path
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20
