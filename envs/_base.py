@@ -21,7 +21,7 @@ from palaestra.envs import _loop
 from palaestra.envs._experts import Expert
 from palaestra.envs._spaces import ActionSpace, ObservationSpace
 from palaestra.envs._tools import BoundTool, InvalidCallError, ToolError, collect_tools, offered_tools
-from palaestra.errors import ConfigError, PalaestraError, RewardError, SandboxError, TaskError
+from palaestra.errors import ConfigError, PalaestraError, RewardError, SandboxError, TaskError, is_called_off
 from palaestra.resources import Resources
 from palaestra.rewards import Efficiency, RewardStack, Success, ToolValidity, Unsafe
 from palaestra.types import (
@@ -112,6 +112,7 @@ class Env(gymnasium.Env[Observation, Message], ABC):
         self._task: Task | None = None
         self._turns: list[Turn] = []
         self._is_over = True
+        self._is_ending = False
         self._is_finished = False
         self._deadline = 0.0
 
@@ -242,6 +243,11 @@ class Env(gymnasium.Env[Observation, Message], ABC):
             _loop.run(self.aclose())
 
     @property
+    def is_ending(self) -> bool:
+        """Whether `end` is under way: who calls the episode off now waits, or leaves half of it behind."""
+        return self._is_ending
+
+    @property
     def turns(self) -> tuple[Turn, ...]:
         """The turns of the running or last episode."""
         return tuple(self._turns)
@@ -346,18 +352,19 @@ class Env(gymnasium.Env[Observation, Message], ABC):
         if self._is_over:
             return
         self._is_over = True
-        ending = asyncio.create_task(self._end_in_time(), name=f"end of {self.task.id}")
+        self._is_ending = True
         try:
-            await asyncio.shield(ending)
+            await self._end_in_time()
         finally:
-            if not ending.done():  # who calls the episode off now must not leave half of it behind
-                await asyncio.wait((ending,))
+            self._is_ending = False
 
     async def _end_in_time(self) -> None:
         limit_s = self.limits.setup_s
         try:
             await _in_time(self.end(), limit_s, SandboxError(f"end took longer than {limit_s:g} s"))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_called_off():
+                raise
             # an author's code, and what happened before it stands: the outcome, the reward, or an error that is
             # on its way out now. What is left behind is a matter for the log and the next sweep
             said = str(error) or type(error).__name__

@@ -90,6 +90,12 @@ def ungrouped() -> Iterator[None]:
         raise
 
 
+def is_called_off() -> bool:
+    """Whether a `CancelledError` that is caught now is meant for the running task, not only for what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def refuse_inside_a_loop(plain: str, awaitable: str) -> None:
     """Raise `ConfigError` in a running event loop, where a function that runs a loop of its own cannot be called."""
     try:

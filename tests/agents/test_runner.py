@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
+import anyio
 import pytest
 
 from palaestra.agents import Cutoff, ExpertPolicy, Policy, RandomPolicy, run_episode
@@ -165,32 +167,139 @@ async def test_random_policy_is_a_function_of_its_seed() -> None:
 class _SlowToEnd(Echo):
     def __init__(self) -> None:
         super().__init__()
-        self.is_ending, self.may_end = asyncio.Event(), asyncio.Event()
+        self.is_in_end, self.may_end = asyncio.Event(), asyncio.Event()
 
     async def end(self) -> None:
-        self.is_ending.set()
+        self.is_in_end.set()
         await self.may_end.wait()
         await super().end()
 
 
 @pytest.mark.parametrize("is_cut", [True, False])
 async def test_an_episode_that_is_called_off_while_it_ends_is_ended_nevertheless(is_cut: bool) -> None:
-    """What an environment gives back in `end` is given back once it began to, by a cut as by a cancellation."""
+    """What an environment gives back in `end` is given back once it began to, however often it is called off."""
     env, cutoff, num_open = _SlowToEnd(), Cutoff(), Echo.num_open
     task = env.make_task("test", 3)
     playing = asyncio.create_task(run_episode(env, ExpertPolicy(), task, episode_id="e", seed=0, cutoff=cutoff))
-    await env.is_ending.wait()
-    if is_cut:
-        cutoff.cut("late")
-    else:
-        playing.cancel()
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await env.is_in_end.wait()
+    for _ in range(3):
+        if is_cut:
+            cutoff.cut("late")
+        else:
+            playing.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
     assert not playing.done()
     env.may_end.set()
     await asyncio.wait((playing,))
     assert Echo.num_open == num_open
     if is_cut:
-        assert playing.result().outcome is Outcome.CANCELLED
+        assert playing.result().outcome is Outcome.SCORED, "it had its reward before it was cut"
     else:
         assert playing.cancelled()
+
+
+class _Hanging(Echo):
+    """Hangs where it is told to, and says when it is there."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.is_there = where, asyncio.Event()
+
+    async def begin(self, task: Task) -> Observation:
+        observation = await super().begin(task)
+        await self._hang("begin")
+        return observation
+
+    async def verify(self) -> Mapping[str, float]:
+        await self._hang("verify")
+        return await super().verify()
+
+    async def _hang(self, where: str) -> None:
+        if where == self.where:
+            self.is_there.set()
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("where", ["begin", "verify"])
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_an_episode_is_called_off_wherever_it_is_and_gives_back_what_it_took(where: str, is_cut: bool) -> None:
+    env, cutoff, num_open = _Hanging(where), Cutoff(), Echo.num_open
+    task = env.make_task("test", 3)
+    playing = asyncio.create_task(run_episode(env, ExpertPolicy(), task, episode_id="e", seed=0, cutoff=cutoff))
+    await env.is_there.wait()
+    if is_cut:
+        cutoff.cut("late")
+    else:
+        playing.cancel()
+    await asyncio.wait((playing,))
+    assert Echo.num_open == num_open
+    if is_cut:
+        episode = playing.result()
+        assert (episode.outcome, episode.reward) == (Outcome.CANCELLED, None)
+        assert episode.failure is not None
+        assert (episode.failure.boundary, episode.failure.message) == ("run", "late")
+        assert len(episode.turns) == (0 if where == "begin" else 1), "what was played is kept"
+    else:
+        assert playing.cancelled()
+
+
+class _OfAnyio(Echo):
+    """Holds a task group of anyio from its beginning to its end, which only the task that opened it may close."""
+
+    async def begin(self, task: Task) -> Observation:
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        return await super().begin(task)
+
+    async def end(self) -> None:
+        await super().end()
+        await self._group.__aexit__(None, None, None)
+
+
+async def test_an_environment_begins_and_ends_in_one_task(caplog: pytest.LogCaptureFixture) -> None:
+    env = _OfAnyio()
+    episode = await run_episode(env, ExpertPolicy(), env.make_task("test", 3), episode_id="e", seed=0)
+    assert episode.outcome is Outcome.SCORED
+    assert caplog.text == ""
+
+
+class _Stray(Echo):
+    """Waits for something that another task cancels."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    async def verify(self) -> Mapping[str, float]:
+        await self._stray("verify")
+        return await super().verify()
+
+    async def end(self) -> None:
+        await super().end()
+        await self._stray("end")
+
+    async def _stray(self, where: str) -> None:
+        if where == self.where:
+            other = asyncio.create_task(asyncio.sleep(60))
+            await asyncio.sleep(0)
+            other.cancel()
+            await other
+
+
+async def test_what_somebody_else_cancels_is_a_failure_of_ours_and_no_cancellation() -> None:
+    env = _Stray("verify")
+    async with asyncio.TaskGroup() as tasks:
+        play = run_episode(env, ExpertPolicy(), env.make_task("test", 3), episode_id="e", seed=0)
+        playing = tasks.create_task(play)
+    episode = playing.result()
+    assert (episode.outcome, episode.reward) == (Outcome.INFRA_ERROR, None)
+    assert episode.failure is not None
+    assert (episode.failure.kind, episode.failure.boundary) == ("StrayCancelError", "env")
+
+
+async def test_what_somebody_else_cancels_in_an_end_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    env = _Stray("end")
+    episode = await run_episode(env, ExpertPolicy(), env.make_task("test", 3), episode_id="e", seed=0)
+    assert episode.outcome is Outcome.SCORED
+    assert f"could not clean up after {episode.task.id}: CancelledError" in caplog.text
