@@ -162,7 +162,7 @@ class Trainer:
             ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
             await take_over(ledger, meta, config, allow=self._allow, say=partial(self._tell, ledger))
             self._write_config(suite)
-            checkpoints = await self._checkpoints(ledger)
+            checkpoints = await own.get("checkpoints", partial(self._checkpoints, ledger))
             stalls = self._stalls()
             async with stalls.watching(), stalls.wait("the run waits to be at its last step again"):
                 learner, engine = await self._open_models(own, ledger, checkpoints, engine, stalls)
@@ -196,7 +196,7 @@ class Trainer:
 
     async def _checkpoints(self, ledger: Ledger) -> Checkpoints:
         run = (await ledger.meta())["run"]
-        return Checkpoints(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
+        return await Checkpoints.open(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
 
     async def _tell(self, ledger: Ledger, line: str) -> None:
         self._say(line)
