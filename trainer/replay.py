@@ -17,7 +17,7 @@ from pathlib import Path
 from palaestra.errors import ConfigError
 from palaestra.trainer import _ledger_store as store
 from palaestra.trainer._ledger_reader import LedgerReader
-from palaestra.trainer._model_identity import identity_of
+from palaestra.trainer._model_identity import identity_beside
 from palaestra.trainer.checkpoints import Checkpoints, version_of
 from palaestra.trainer.learner import LearnerConfig, LocalLearner
 from palaestra.trainer.ledger import reading
@@ -78,15 +78,14 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
         await asyncio.to_thread(ledger.ask, store.load_step, step)
         meta = await asyncio.to_thread(ledger.ask, store.meta)
         source = model if model is not None else await asyncio.to_thread(_recorded_model, run)
-        if await asyncio.to_thread(identity_of, source) != meta["model"]:
-            raise ConfigError(f"{source} is not the model that the run began with; say where that is with --model")
-        find = partial(asyncio.to_thread, Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
-        found, num_tries = await find(), 1
+        await asyncio.to_thread(_check_model, ledger, source)
+        find = partial(Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
+        found, num_tries = await asyncio.to_thread(find), 1
         while True:
             try:
                 return await _replay_from(found, ledger, step, source, say)
             except _UnloadableError:
-                gone, found, num_tries = found, await find(), num_tries + 1
+                gone, found, num_tries = found, await asyncio.to_thread(find), num_tries + 1
                 if found == gone or num_tries > _MAX_TRIES:
                     raise
 
@@ -104,6 +103,7 @@ async def _replay_from(
     try:
         for number, (config, steps) in enumerate(by_settings(configs)):
             async with await _open(model, config, scratch / "learner.log") as learner:
+                await asyncio.to_thread(_check_model, ledger, model)
                 if checkpoint is not None:
                     await _load(learner, checkpoint)
                 again = await _make_all(ledger, learner, steps, step, say)
@@ -113,6 +113,13 @@ async def _replay_from(
     finally:
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
     return Replay(step=step, start=start, again=again)
+
+
+def _check_model(ledger: LedgerReader, model: str) -> None:
+    """Raise `ConfigError` for another model, before and after the learner has fetched what a hub name stands for."""
+    recorded = ledger.ask(store.meta)["model"]
+    if identity_beside(recorded, model) != recorded:
+        raise ConfigError(f"{model} is not the model that the run began with; say where that is with --model")
 
 
 async def _load(learner: LocalLearner, checkpoint: Path) -> None:
