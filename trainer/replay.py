@@ -17,7 +17,7 @@ from pathlib import Path
 from palaestra.errors import ConfigError
 from palaestra.trainer import _ledger_store as store
 from palaestra.trainer._ledger_reader import LedgerReader
-from palaestra.trainer._model_identity import identity_beside
+from palaestra.trainer._model_identity import identity_beside, identity_of
 from palaestra.trainer.checkpoints import Checkpoints, version_of
 from palaestra.trainer.learner import LearnerConfig, LocalLearner
 from palaestra.trainer.ledger import reading
@@ -78,7 +78,7 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
         await asyncio.to_thread(ledger.ask, store.load_step, step)
         meta = await asyncio.to_thread(ledger.ask, store.meta)
         source = model if model is not None else await asyncio.to_thread(_recorded_model, run)
-        await asyncio.to_thread(_check_model, ledger, source)
+        await asyncio.to_thread(_check_model, ledger, source, is_here=model is not None)
         find = partial(Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
         found, num_tries = await asyncio.to_thread(find), 1
         while True:
@@ -115,10 +115,14 @@ async def _replay_from(
     return Replay(step=step, start=start, again=again)
 
 
-def _check_model(ledger: LedgerReader, model: str) -> None:
-    """Raise `ConfigError` for another model, before and after the learner has fetched what a hub name stands for."""
+def _check_model(ledger: LedgerReader, model: str, *, is_here: bool = False) -> None:
+    """Raise `ConfigError` for another model, before and after the learner has fetched what a hub name stands for.
+
+    Whoever says where the model is (`is_here`) names no other one that is yet to be fetched.
+    """
     recorded = ledger.ask(store.meta)["model"]
-    if identity_beside(recorded, model) != recorded:
+    now = identity_of(model) if is_here and recorded != model else identity_beside(recorded, model)
+    if now != recorded:
         raise ConfigError(f"{model} is not the model that the run began with; say where that is with --model")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 from palaestra.cli._main import app
 from palaestra.errors import ConfigError, LedgerError
-from palaestra.trainer._model_identity import identity_of
 from palaestra.trainer.learner import LearnerConfig
 from palaestra.trainer.replay import Replay, replay
 from palaestra.trainer.resume import Again
@@ -34,7 +32,8 @@ def files_of(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 async def test_a_replay_is_equal_or_names_what_differs(tmp_path: Path, model: Path) -> None:
     run = tmp_path / "run"
-    lines = await make_run(run, model, saved=(2, 4))
+    history, _ = await make_history(run, model)
+    lines = history.lines
     before = files_of(run)
     with read_only(run):
         found = await replay(run, 6, model=str(model), say=lines.append)
@@ -94,20 +93,11 @@ def thin_out(monkeypatch: pytest.MonkeyPatch, model: Path, checkpoints: list[Pat
     return opened
 
 
-async def make_run(run: Path, model: Path, *, saved: Sequence[int]) -> list[str]:
-    """A run of six steps that names its model; what there was to say of it."""
-    history, _ = await make_history(run, model, saved=saved)
-    ledger, _ = await history.open()
-    await ledger.amend_meta("model", identity_of(str(model)))
-    await ledger.aclose()
-    return history.lines
-
-
 async def test_a_checkpoint_that_is_thinned_out_before_it_is_loaded_is_looked_for_again(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    await make_run(run, model, saved=(2, 4))
+    await make_history(run, model, saved=(2, 4))
     opened = thin_out(monkeypatch, model, [run / "checkpoints" / "version-00000004"])
     found = await replay(run, 6, model=str(model), say=pytest.fail)
     assert (found.start, found.is_equal, len(opened)) == (2, True, 2)
@@ -118,7 +108,7 @@ async def test_a_checkpoint_that_is_thinned_out_before_it_is_loaded_is_looked_fo
 
 async def test_the_search_for_a_checkpoint_ends(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    await make_run(run, model, saved=(1, 2, 3, 4))
+    await make_history(run, model, saved=(1, 2, 3, 4))
     opened = thin_out(monkeypatch, model, sorted((run / "checkpoints").iterdir()))
     with pytest.raises(ConfigError, match=r"no learner checkpoint in .*version-00000002"):
         await replay(run, 6, model=str(model), say=pytest.fail)
@@ -131,7 +121,7 @@ async def test_a_whole_checkpoint_that_does_not_load_is_not_looked_for_again(
     async def refuse(self: NearbyLearner, folder: Path) -> None:
         raise ConfigError("of another model")
 
-    await make_run(tmp_path, model, saved=(4,))
+    await make_history(tmp_path, model, saved=(4,))
     opened = thin_out(monkeypatch, model, [])
     monkeypatch.setattr(NearbyLearner, "load", refuse)
     with pytest.raises(ConfigError, match="of another model"):
