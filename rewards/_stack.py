@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from palaestra.errors import RewardError
+from palaestra.rewards._description import class_of, parameters_of
 from palaestra.types import RewardTerm, Transcript
 
 Comparison = Literal[">", ">=", "<", "<="]
@@ -37,6 +38,10 @@ class Reward(ABC):
     @abstractmethod
     async def value(self, transcript: Transcript) -> float | None:
         """The raw value; `None` when there is nothing to say, which makes the episode unscorable."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the term is, as JSON: name, class and parameters. Terms that score otherwise say otherwise."""
+        return {"term": self.name, "class": class_of(self), "parameters": parameters_of(self)}
 
     def __mul__(self, weight: float) -> RewardStack:
         return RewardStack(((self, float(weight)),))
@@ -83,6 +88,10 @@ class Gate:
             return value < self.bound
         return value <= self.bound
 
+    def describe(self) -> dict[str, Any]:
+        """The term that is looked at, and the condition."""
+        return {**self.reward.describe(), "comparison": self.comparison, "bound": self.bound}
+
 
 @dataclass(frozen=True, slots=True)
 class RewardStack:
@@ -121,13 +130,9 @@ class RewardStack:
         return replace(self, gates=tuple((*gates, gate) for gates in self.gates))
 
     def describe(self) -> list[dict[str, Any]]:
-        """The terms as JSON: name, weight, and gates such as `success > 0`."""
+        """The terms as JSON: what each is (see `Reward.describe`), its weight, and its gates."""
         return [
-            {
-                "term": reward.name,
-                "weight": weight,
-                "when": [f"{gate.reward.name} {gate.comparison} {gate.bound:g}" for gate in gates],
-            }
+            {**reward.describe(), "weight": weight, "when": [gate.describe() for gate in gates]}
             for (reward, weight), gates in zip(self.weighted, self.gates, strict=True)
         ]
 

@@ -252,15 +252,25 @@ def config_of(connection: sqlite3.Connection, step: int) -> dict[str, Any]:
     return value
 
 
+def configs_of(connection: sqlite3.Connection, steps: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+    """Steps with the configurations that made them."""
+    return [(step, config_of(connection, step)) for step in steps]
+
+
 def step_metrics(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     """Metrics of all recorded steps, in order."""
     return [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM steps ORDER BY step")]
 
 
-def records(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
-    """The JSON records of all ended episodes, by group and position, one at a time."""
-    for (record,) in connection.execute("SELECT record FROM plays ORDER BY number, position"):
-        yield json.loads(record)
+def records(
+    connection: sqlite3.Connection, after: tuple[int, int], limit: int
+) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """The JSON records of the next ended episodes beyond one, each with its group and position, in that order."""
+    query = (
+        "SELECT number, position, record FROM plays WHERE (number, position) > (?, ?) ORDER BY number, position LIMIT ?"
+    )
+    rows = connection.execute(query, (*after, limit)).fetchall()
+    return [((int(number), int(position)), json.loads(record)) for number, position, record in rows]
 
 
 def _plays(connection: sqlite3.Connection, number: int) -> Iterator[tuple[int, Episode]]:

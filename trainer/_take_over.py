@@ -6,10 +6,13 @@ is dropped for that is dropped before the change is on record, so that a kill in
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from palaestra.errors import LedgerError
+from palaestra.trainer._model_identity import identity_of
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.resume import Say
@@ -44,3 +47,19 @@ async def _drop_unplayable(ledger: Ledger, before: Mapping[str, Any], now: Mappi
             dropped[env_id, reason] += 1
     for (env_id, reason), count in dropped.items():
         await say(f"{count} groups in hand of {env_id} are dropped ({reason})")
+
+
+async def settle_model(ledger: Ledger, model: str) -> None:
+    """Hold what was loaded against the record; what a hub name stands for is recorded once it was fetched.
+
+    Raises `LedgerError` when it is another model than the one that the run's episodes are of.
+    """
+    recorded, now = (await ledger.meta())["model"], await asyncio.to_thread(identity_of, model)
+    if now == recorded:
+        return
+    if recorded != model and await ledger.next_number():
+        raise LedgerError(
+            f"{model} is no longer the model that this run was started with ({recorded}): give the folder of that "
+            "revision as the model, or use another run folder"
+        )
+    await ledger.amend_meta("model", now)

@@ -1,7 +1,7 @@
 """Checkpoints of the learner: whole folders with a manifest, the newest few kept.
 
 Invariant: a checkpoint appears whole or not at all, and is used only when every byte is as it was written; one that
-is not is set aside by name, and the one before is used.
+is not is set aside by name, and the one before is used. Only the owner of the run's lock removes anything.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from palaestra.trainer.learner import Learner
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _NAME = re.compile(r"version-\d{8,}")
+_PARTIAL = re.compile(r"version-\d{8,}\.partial(\.tmp)?")
 
 OnDamage = Callable[[str], Awaitable[None]]
 """Hears of each checkpoint that cannot be used, in one line."""
@@ -33,6 +34,17 @@ class Checkpoints:
         self._folder = folder
         self._run = run
         self._kept = kept
+
+    @classmethod
+    async def open(cls, folder: Path, *, run: str, kept: int) -> Checkpoints:
+        """The checkpoints of a run whose lock is held; what saves that were left half-way wrote is removed."""
+        checkpoints = cls(folder, run=run, kept=kept)
+        await checkpoints.aclose()
+        return checkpoints
+
+    async def aclose(self) -> None:
+        """Remove half-written checkpoints, once whoever wrote them is gone; idempotent."""
+        await asyncio.to_thread(self._sweep)
 
     async def newest(self, upto: int, *, on_damage: OnDamage) -> Path | None:
         """The newest whole checkpoint of a version up to `upto`; damaged ones are renamed on the way to it."""
@@ -79,6 +91,12 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         """Names that we gave, the oldest first; copies that somebody made beside them are left alone."""
         return sorted(filter(lambda path: _NAME.fullmatch(path.name), self._folder.glob("version-*")), key=version_of)
+
+    def _sweep(self) -> None:
+        """A save that is left takes its folder along, not what the learner's process still writes for it."""
+        for path in self._folder.glob("version-*.partial*"):
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)  # what stays costs room; a save that needs it says so
 
     def _seal(self, partial: Path, target: Path, version: int) -> None:
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from palaestra.agents import Engine
@@ -24,7 +25,7 @@ from palaestra.trainer.learner import Learner, StepReport
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord, StepTimes, summarise_step
 from palaestra.trainer.rollouts import RolloutWorkers
-from palaestra.trainer.rows import make_rows
+from palaestra.trainer.rows import is_trainable, make_rows
 from palaestra.trainer.stalls import Stalls
 from palaestra.trainer.sync import WeightSync
 from palaestra.types import Group
@@ -218,6 +219,7 @@ class Fit:
             generated=parts.rollouts.num_generated,
             verified=parts.rollouts.num_verified,
             concurrency=parts.config.concurrency,
+            is_trained=partial(is_trainable, config=parts.config),
         )
 
     async def _engine_count(self) -> float:

@@ -20,7 +20,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 from palaestra.errors import LedgerError
 from palaestra.trainer import _ledger_store as store
 from palaestra.trainer._ledger_proof import Balance, prove
-from palaestra.trainer._ledger_reader import reading
+from palaestra.trainer._ledger_reader import LedgerReader
 from palaestra.trainer._ledger_store import FORMAT, OpenGroup, RecordedStep
 from palaestra.trainer._run_lock import take_lock
 from palaestra.types import Episode, Group, Task
@@ -35,12 +35,16 @@ __all__ = [
     "read_meta",
     "read_records",
     "read_step",
+    "reading",
 ]
 
 ValueT = TypeVar("ValueT")
 ArgumentsT = ParamSpec("ArgumentsT")
 
 _FILE = "ledger.sqlite"
+_BEFORE_ALL = (-1, -1)
+_NUM_AT_ONCE = 64
+"""Episodes that a reader holds in memory."""
 
 
 class Ledger:
@@ -189,25 +193,33 @@ def _close(opening: Future[sqlite3.Connection]) -> None:
         opening.result().close()
 
 
+def reading(run: Path) -> LedgerReader:
+    """A reader of a run's ledger, for commands that look more than once; the run may be going on."""
+    return LedgerReader(run / _FILE)
+
+
 def read_records(run: Path) -> Iterator[dict[str, Any]]:
-    """The JSON records of all ended episodes of a run, one at a time; the run may be going on."""
-    with reading(run / _FILE) as connection:
-        yield from store.records(connection)
+    """The JSON records of all ended episodes of a run, some at a time; the run may be going on."""
+    last = _BEFORE_ALL
+    with reading(run) as reader:
+        while found := reader.ask(store.records, last, _NUM_AT_ONCE):
+            last = found[-1][0]
+            yield from (record for _, record in found)
 
 
 def read_meta(run: Path) -> dict[str, Any]:
     """What a run is; see `Ledger.meta`. The run may be going on."""
-    with reading(run / _FILE) as connection:
-        return store.meta(connection)
+    with reading(run) as reader:
+        return reader.ask(store.meta)
 
 
 def read_configs(run: Path, steps: Iterable[int]) -> list[tuple[int, dict[str, Any]]]:
     """The configurations that made steps of a run, which may be going on."""
-    with reading(run / _FILE) as connection:
-        return [(step, store.config_of(connection, step)) for step in steps]
+    with reading(run) as reader:
+        return reader.ask(store.configs_of, list(steps))
 
 
 def read_step(run: Path, step: int) -> RecordedStep:
     """A step of a run, which may be going on; raises `LedgerError` when there is no such step or it is damaged."""
-    with reading(run / _FILE) as connection:
-        return store.load_step(connection, step)
+    with reading(run) as reader:
+        return reader.ask(store.load_step, step)

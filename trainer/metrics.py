@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,8 +84,12 @@ def summarise_step(
     generated: int,
     verified: int,
     concurrency: int,
+    is_trained: Callable[[Outcome], bool],
 ) -> StepRecord:
-    """The record of the step that trained `groups`; means are over episodes with a score."""
+    """The record of the step that trained `groups`; means are over episodes with a score.
+
+    `is_trained` says of which outcomes an episode is trained.
+    """
     episodes = [episode for group in groups for episode in group.episodes]
     scored = [e for e in episodes if e.reward is not None]
     cut = [e for e in episodes if e.outcome is Outcome.CANCELLED and e.timings]  # those that began have times
@@ -105,12 +109,12 @@ def summarise_step(
         outcomes=dict(Counter(e.outcome.value for e in episodes)),
         lag_mean=_mean(lags),
         lag_max=max(lags, default=0),
-        num_versions=len(_versions(scored)),
+        num_versions=len(_versions([e for e in scored if is_trained(e.outcome)])),
         num_episodes=len(episodes),
         num_sampled_tokens=sum(e.trajectory.num_sampled for e in episodes if e.trajectory is not None),
         num_turns=_mean([float(len(e.turns)) for e in episodes if e.outcome is not Outcome.CANCELLED]),
         num_turns_cut=_mean([float(len(e.turns)) for e in cut]),
-        zero_variance=_mean([float(_has_one_reward(group)) for group in groups]),
+        zero_variance=_mean([float(_has_one_reward(group, is_trained)) for group in groups]),
         dropped=dict(Counter(dropped)),
         generated=generated,
         verified=verified,
@@ -164,8 +168,8 @@ def _mean_contributions(episodes: Sequence[Episode]) -> dict[str, float]:
     return {name: _mean(values) for name, values in by_term.items()}
 
 
-def _has_one_reward(group: Group) -> bool:
-    return len({e.reward for e in group.episodes if e.outcome in (Outcome.SCORED, Outcome.TRUNCATED)}) <= 1
+def _has_one_reward(group: Group, is_trained: Callable[[Outcome], bool]) -> bool:
+    return len({e.reward for e in group.episodes if is_trained(e.outcome)}) <= 1
 
 
 def _finite(value: Any) -> Any:

@@ -11,14 +11,20 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from palaestra.errors import ConfigError
-from palaestra.trainer._model_identity import identity_of
+from palaestra.trainer import _ledger_store as store
+from palaestra.trainer._ledger_reader import LedgerReader
+from palaestra.trainer._model_identity import identity_beside, identity_of
 from palaestra.trainer.checkpoints import Checkpoints, version_of
 from palaestra.trainer.learner import LearnerConfig, LocalLearner
-from palaestra.trainer.ledger import read_configs, read_meta, read_step
+from palaestra.trainer.ledger import reading
 from palaestra.trainer.resume import Again, by_settings, make_again
+
+_MAX_TRIES = 3
+"""A run that goes on may thin out the checkpoint that was found, while the learner's process starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +74,39 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
     `model` tells where that model is now, if it was moved. `say` hears of steps on the way that came out otherwise.
     Raises `LedgerError` when there is no such step or a byte of it changed, `ConfigError` for another model.
     """
-    await asyncio.to_thread(read_step, run, step)
-    meta = await asyncio.to_thread(read_meta, run)
-    source = model if model is not None else await asyncio.to_thread(_recorded_model, run)
-    if await asyncio.to_thread(identity_of, source) != meta["model"]:
-        raise ConfigError(f"{source} is not the model that the run began with; say where that is with --model")
-    checkpoint = await asyncio.to_thread(Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
+    with reading(run) as ledger:
+        await asyncio.to_thread(ledger.ask, store.load_step, step)
+        meta = await asyncio.to_thread(ledger.ask, store.meta)
+        source = model if model is not None else await asyncio.to_thread(_recorded_model, run)
+        await asyncio.to_thread(_check_model, ledger, source, is_here=model is not None)
+        find = partial(Checkpoints(run / "checkpoints", run=meta["run"]).find, step - 1)
+        found, num_tries = await asyncio.to_thread(find), 1
+        while True:
+            try:
+                return await _replay_from(found, ledger, step, source, say)
+            except _UnloadableError:
+                gone, found, num_tries = found, await asyncio.to_thread(find), num_tries + 1
+                if found == gone or num_tries > _MAX_TRIES:
+                    raise
+
+
+class _UnloadableError(ConfigError):
+    """A checkpoint that was whole when it was found does not load."""
+
+
+async def _replay_from(
+    checkpoint: Path | None, ledger: LedgerReader, step: int, model: str, say: Callable[[str], None]
+) -> Replay:
     start = version_of(checkpoint) if checkpoint is not None else 0
-    configs = await asyncio.to_thread(read_configs, run, range(start + 1, step + 1))
+    configs = await asyncio.to_thread(ledger.ask, store.configs_of, range(start + 1, step + 1))
     scratch = Path(tempfile.mkdtemp(prefix="palaestra-replay-"))
     try:
         for number, (config, steps) in enumerate(by_settings(configs)):
-            async with await _open(source, config, scratch / "learner.log") as learner:
+            async with await _open(model, config, scratch / "learner.log") as learner:
+                await asyncio.to_thread(_check_model, ledger, model)
                 if checkpoint is not None:
-                    await learner.load(checkpoint)
-                again = await _make_all(run, learner, steps, step, say)
+                    await _load(learner, checkpoint)
+                again = await _make_all(ledger, learner, steps, step, say)
                 if steps[-1] < step:
                     checkpoint = scratch / f"after-{number}"
                     await learner.save(checkpoint)
@@ -91,9 +115,29 @@ async def replay(run: Path, step: int, *, model: str | None, say: Callable[[str]
     return Replay(step=step, start=start, again=again)
 
 
-async def _make_all(run: Path, learner: LocalLearner, steps: range, wanted: int, say: Callable[[str], None]) -> Again:
+def _check_model(ledger: LedgerReader, model: str, *, is_here: bool = False) -> None:
+    """Raise `ConfigError` for another model, before and after the learner has fetched what a hub name stands for.
+
+    Whoever says where the model is (`is_here`) names no other one that is yet to be fetched.
+    """
+    recorded = ledger.ask(store.meta)["model"]
+    now = identity_of(model) if is_here and recorded != model else identity_beside(recorded, model)
+    if now != recorded:
+        raise ConfigError(f"{model} is not the model that the run began with; say where that is with --model")
+
+
+async def _load(learner: LocalLearner, checkpoint: Path) -> None:
+    try:
+        await learner.load(checkpoint)
+    except ConfigError as error:
+        raise _UnloadableError(str(error)) from error
+
+
+async def _make_all(
+    ledger: LedgerReader, learner: LocalLearner, steps: range, wanted: int, say: Callable[[str], None]
+) -> Again:
     for each in steps:
-        again = await make_again(learner, await asyncio.to_thread(read_step, run, each))
+        again = await make_again(learner, await asyncio.to_thread(ledger.ask, store.load_step, each))
         if each != wanted and again.damage is not None:
             say(f"on the way, step {each} cannot be compared: its trace on record is damaged ({again.damage})")
         if each != wanted and again.difference is not None:

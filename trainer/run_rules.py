@@ -79,8 +79,18 @@ def _changes(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _changes(old.get(key), new.get(key), dotted)
         if prefix in _ORDERED and old == new and list(old) != list(new):
             yield f"{prefix} in this order", list(old), list(new)
+    elif _are_tables(old, new):
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _changes(one, other, f"{prefix}[{number}]")
     elif old != new:
         yield prefix, old, new
+
+
+def _are_tables(old: Any, new: Any) -> bool:
+    """Whether these are lists of as many tables, such as the terms of a reward."""
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
+        return False
+    return all(isinstance(each, Mapping) for each in (*old, *new))
 
 
 def reason_to_drop(env_id: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

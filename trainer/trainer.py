@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -25,8 +25,8 @@ from palaestra.errors import FULL, ConfigError, refuse_inside_a_loop, ungrouped
 from palaestra.records import write_whole
 from palaestra.resources import Resources
 from palaestra.trainer._interrupts import interrupts
-from palaestra.trainer._model_identity import identity_of, place_of
-from palaestra.trainer._take_over import take_over
+from palaestra.trainer._model_identity import identity_beside, identity_of, place_of
+from palaestra.trainer._take_over import settle_model, take_over
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
@@ -160,9 +160,10 @@ class Trainer:
             renderer = open_renderer(self.model, family=config.family)
             meta = as_recorded({"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed})
             ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
+            meta["model"] = identity_beside((await ledger.meta())["model"], self.model)
             await take_over(ledger, meta, config, allow=self._allow, say=partial(self._tell, ledger))
             self._write_config(suite)
-            checkpoints = await self._checkpoints(ledger)
+            checkpoints = await own.get("checkpoints", partial(self._checkpoints, ledger))
             stalls = self._stalls()
             async with stalls.watching(), stalls.wait("the run waits to be at its last step again"):
                 learner, engine = await self._open_models(own, ledger, checkpoints, engine, stalls)
@@ -196,7 +197,7 @@ class Trainer:
 
     async def _checkpoints(self, ledger: Ledger) -> Checkpoints:
         run = (await ledger.meta())["run"]
-        return Checkpoints(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
+        return await Checkpoints.open(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
 
     async def _tell(self, ledger: Ledger, line: str) -> None:
         self._say(line)
@@ -228,7 +229,11 @@ class Trainer:
         config = self.config
 
         async def open_learner(settings: LearnerConfig) -> Learner:
-            learner = await self._open_learner(settings)
+            async with AsyncExitStack() as unsettled:
+                learner = await self._open_learner(settings)
+                unsettled.push_async_callback(learner.aclose)
+                await settle_model(ledger, self.model)
+                unsettled.pop_all()
             stalls.processes = [learner] if isinstance(learner, ProcessPart) else []
             return learner
 

@@ -99,6 +99,8 @@ def test_form_and_options_reach_the_environment() -> None:
 
 def test_a_suite_describes_itself_as_json() -> None:
     stack = (Success() * 2.0 - Unsafe()).when(Success() > 0)
+    success = {"term": "success", "class": "palaestra.rewards._terms.Success", "parameters": {}}
+    unsafe = {"term": "unsafe", "class": "palaestra.rewards._terms.Unsafe", "parameters": {}}
     given = suite(form="compact", options={"test/One-v0": {"colour": "blue"}}, reward={"test/One-v0": stack})
     assert json.loads(json.dumps(given.describe())) == {
         "weights": given.weights,
@@ -106,8 +108,8 @@ def test_a_suite_describes_itself_as_json() -> None:
         "options": {"test/One-v0": {"colour": "blue"}},
         "rewards": {
             "test/One-v0": [
-                {"term": "success", "weight": 2.0, "when": ["success > 0"]},
-                {"term": "unsafe", "weight": -1.0, "when": ["success > 0"]},
+                {**success, "weight": 2.0, "when": [{**success, "comparison": ">", "bound": 0}]},
+                {**unsafe, "weight": -1.0, "when": [{**success, "comparison": ">", "bound": 0}]},
             ]
         },
     }

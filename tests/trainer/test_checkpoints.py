@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -96,6 +97,32 @@ async def test_half_written_checkpoint_is_no_checkpoint_and_goes_with_the_next_s
     assert said.lines == []
     await save(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"version-00000001", "version-00000002"}
+
+
+class LeavingLearner(ToyLearner):
+    """Its process writes on after the save was called off, beside the place, as it does with all files."""
+
+    async def save(self, folder: Path) -> None:
+        try:
+            raise asyncio.CancelledError
+        finally:
+            folder.with_name(f"{folder.name}.tmp").mkdir(parents=True)
+
+
+async def test_what_a_save_that_was_left_wrote_goes_when_the_run_is_left_and_when_it_goes_on(tmp_path: Path) -> None:
+    learner = LeavingLearner()
+    learner.version = 7
+    for is_left in (True, False):
+        checkpoints = await save(tmp_path, 1)
+        with pytest.raises(asyncio.CancelledError):
+            await checkpoints.save(learner)
+        (tmp_path / "version-00000009.partial").mkdir()
+        (tmp_path / "version-00000001.partial-copy").mkdir(exist_ok=True)
+        Checkpoints(tmp_path, run="run").find(9)
+        assert (tmp_path / "version-00000007.partial.tmp").is_dir(), "who only reads removes nothing"
+        await (checkpoints.aclose() if is_left else Checkpoints.open(tmp_path, run="run", kept=2))
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"version-00000001", "version-00000001.partial-copy"}, "a copy of somebody's is left alone"
 
 
 async def test_copies_that_somebody_made_are_left_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from palaestra.errors import LedgerError
-from palaestra.trainer.ledger import Ledger, read_meta, read_records
+from palaestra.trainer import _ledger_store as store
+from palaestra.trainer.ledger import Ledger, read_meta, read_records, reading
 from tests.conftest import require
 from tests.trainer.test_ledger import make_task, open_ledger, play
 
@@ -91,6 +93,92 @@ async def test_a_run_that_goes_on_is_read_up_to_its_last_word(tmp_path: Path) ->
     await play(ledger, 1)
     assert sum(1 for _ in read_records(tmp_path)) == 2
     await ledger.aclose()
+
+
+async def test_a_run_that_is_taken_up_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    run = await make_long_run(tmp_path)
+    records = read_records(run)
+    found = [next(records)]
+    ledger = await Ledger.open(run, meta={})
+    for number in range(200, 400):
+        await ledger.issue(number, make_task(number), 1)
+        await play(ledger, number)
+    await ledger._do(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+    found.extend(records)
+    assert [record["id"] for record in found] == [f"{number}.0" for number in range(400)]
+    await ledger.aclose()
+
+
+@pytest.mark.parametrize("is_left_again", [True, False])
+async def test_what_was_read_while_the_file_changed_is_read_again(tmp_path: Path, is_left_again: bool) -> None:
+    run = await make_long_run(tmp_path)
+    before = files_of(run)
+    changes = [lambda: rewrite(run, is_left_again=is_left_again)]
+    left: list[sqlite3.Connection | None] = []
+
+    def count(connection: sqlite3.Connection) -> int:
+        cursor = connection.execute("SELECT record, trajectory FROM plays ORDER BY number")
+        num_read = len(cursor.fetchmany(2))
+        if changes:
+            left.append(changes.pop()())
+        return num_read + len(cursor.fetchall())
+
+    with reading(run) as reader:
+        assert reader.ask(count) == 1, "all but one were deleted meanwhile, and their pages given back"
+    for each in filter(None, left):
+        each.close()
+    assert files_of(run).keys() == before.keys()
+
+
+async def make_long_run(folder: Path) -> Path:
+    """A run that ended, with 200 episodes."""
+    ledger = await open_ledger(folder)
+    for number in range(200):
+        await ledger.issue(number, make_task(number), 1)
+        await play(ledger, number)
+    await ledger.aclose()
+    return folder
+
+
+def rewrite(run: Path, *, is_left_again: bool) -> sqlite3.Connection | None:
+    connection = sqlite3.connect(run / "ledger.sqlite", isolation_level=None)
+    connection.execute("DELETE FROM plays WHERE number > 0")
+    connection.execute("VACUUM")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    if not is_left_again:
+        return connection
+    connection.close()
+    return None
+
+
+async def test_half_a_copy_is_copied_once_for_all_questions_and_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await make_run(tmp_path, "in half")
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with reading(run) as reader:
+        assert reader.ask(store.meta)["seed"] == 1
+        (copy,) = place.iterdir()
+        assert len(reader.ask(store.records, (-1, -1), 9)) == 2
+        assert list(place.iterdir()) == [copy]
+    assert list(place.iterdir()) == []
+
+
+async def test_damage_is_told_at_once_also_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    asked: list[None] = []
+
+    def find_damage(connection: sqlite3.Connection) -> None:
+        asked.append(None)
+        raise sqlite3.DatabaseError("malformed")
+
+    for _ in range(2):
+        with reading(tmp_path) as reader, pytest.raises(LedgerError, match="malformed; the file is damaged"):
+            reader.ask(find_damage)
+        await ledger.aclose()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("text", [b"not a database, and long enough to be looked at" * 100, None])

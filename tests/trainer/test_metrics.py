@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import StepReport
 from palaestra.trainer.metrics import StepRecord, StepTimes, summarise_step
+from palaestra.trainer.rows import is_trainable
 from palaestra.types import Episode, Group, Message, Outcome, Turn
 from tests.trainer.test_ledger import make_group
 
@@ -17,7 +20,9 @@ GROUP = make_group(0)
 BEGUN = GROUP.episodes[0]
 
 
-def record_of(*episodes: Episode, busy_s: tuple[float, float] = (0.0, 0.0)) -> StepRecord:
+def record_of(
+    *episodes: Episode, busy_s: tuple[float, float] = (0.0, 0.0), train_on_truncated: bool = True
+) -> StepRecord:
     return summarise_step(
         [Group(id="0", task=GROUP.task, episodes=episodes)],
         report=StepReport(metrics={}, version=5, seconds=1.0),
@@ -29,6 +34,7 @@ def record_of(*episodes: Episode, busy_s: tuple[float, float] = (0.0, 0.0)) -> S
         generated=8,
         verified=7,
         concurrency=4,
+        is_trained=partial(is_trainable, config=GRPOConfig(train_on_truncated=train_on_truncated)),
     )
 
 
@@ -50,11 +56,20 @@ def test_turns_of_those_cut_are_of_those_that_had_begun() -> None:
     assert math.isnan(record_of(BEGUN, cut(0, has_begun=False)).num_turns_cut)
 
 
-def test_versions_are_those_of_sampled_tokens_in_episodes_with_a_score() -> None:
+def test_versions_are_those_of_sampled_tokens_in_episodes_that_are_trained() -> None:
     assert record_of(sampled_by([4]), sampled_by([4])).num_versions == 1
     assert record_of(sampled_by([3]), sampled_by([4])).num_versions == 2
     unscored = replace(sampled_by([2]), outcome=Outcome.TIMEOUT, reward=None, terms=())
     assert record_of(sampled_by([4]), unscored).num_versions == 1
+    truncated = replace(sampled_by([2]), outcome=Outcome.TRUNCATED)
+    assert record_of(sampled_by([4]), truncated).num_versions == 2
+    assert record_of(sampled_by([4]), truncated, train_on_truncated=False).num_versions == 1
+
+
+def test_a_group_has_one_reward_where_those_that_are_trained_have() -> None:
+    truncated = replace(BEGUN, outcome=Outcome.TRUNCATED, reward=-9.0)
+    assert record_of(BEGUN, BEGUN, truncated).zero_variance == 0.0
+    assert record_of(BEGUN, BEGUN, truncated, train_on_truncated=False).zero_variance == 1.0
 
 
 def test_use_of_the_engine_is_of_this_step() -> None:

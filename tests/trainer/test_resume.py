@@ -18,6 +18,7 @@ from palaestra.errors import ConfigError, StepRefusedError, WorkerError
 from palaestra.resources import Resources
 from palaestra.trainer import Trainer
 from palaestra.trainer._learner_worker import LearnerService
+from palaestra.trainer._model_identity import identity_of
 from palaestra.trainer._policy_model import PolicyModel
 from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.checkpoints import Checkpoints
@@ -132,7 +133,7 @@ class History:
         self.opened: list[NearLearner] = []
 
     async def open(self) -> tuple[Ledger, Checkpoints]:
-        ledger = await Ledger.open(self.folder, meta={"model": "m"})
+        ledger = await Ledger.open(self.folder, meta={"model": identity_of(str(self.model))})
         meta = await ledger.meta()
         return ledger, Checkpoints(self.folder / "checkpoints", run=meta["run"], kept=9)
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
+from palaestra.envs import EnvSuite
 from palaestra.errors import ConfigError, LedgerError
+from palaestra.rewards import Efficiency, Success
 from palaestra.trainer import Trainer
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.run_rules import as_recorded, check_allowed, compare, rule_of
+from tests.toys import register_echo
+
+register_echo()
 
 SUITE: dict[str, Any] = {"suite": {"weights": {"a/A-v0": 1.0}, "form": "full"}}
 WIDER: dict[str, Any] = {"suite": {"weights": {"a/A-v0": 1.0, "b/B-v0": 2.0}, "form": "full"}}
@@ -71,6 +76,20 @@ def test_the_order_of_weights_is_a_change_for_the_sampler_draws_by_it() -> None:
         compare(WIDER, turned, allow=())
     assert len(compare(WIDER, turned, allow=("suite",))) == 1
     assert compare({"suite": {"options": {"a": 1, "b": 2}}}, {"suite": {"options": {"b": 2, "a": 1}}}, allow=()) == []
+
+
+def test_a_parameter_of_a_reward_is_a_change_and_told_by_its_place() -> None:
+    before, now = (
+        {"suite": EnvSuite({"test/Echo-v0": 1.0}, reward=Success() + Efficiency(max_turns=turns) * 0.1).describe()}
+        for turns in (8, 64)
+    )
+    with pytest.raises(LedgerError, match=r"parameters\.max_turns = 8, not 64: .*--allow suite"):
+        compare(before, now, allow=())
+    assert compare(before, now, allow=("suite",)) == [
+        "suite.rewards.[1].parameters.max_turns changed from 8 to 64",
+    ]
+    fewer = {"suite": EnvSuite({"test/Echo-v0": 1.0}, reward=Success() * 1.0).describe()}
+    assert len(compare(before, fewer, allow=("suite",))) == 1
 
 
 def test_a_tuple_is_the_list_that_the_ledger_gives_back() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from palaestra.errors import LedgerError
+from palaestra.rewards import Efficiency, Success
 from palaestra.trainer._take_over import take_over
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.ledger import Balance, Ledger
 from tests.trainer.test_ledger import make_group, make_task
 
 KEPT, OTHER = "t/Kept-v0", "t/Other-v0"
-REWARD = [{"term": "success", "weight": 1.0, "when": []}]
-DOUBLED = [{"term": "success", "weight": 2.0, "when": []}]
+REWARD = (Success() + Efficiency(max_turns=8) * 0.1).describe()
+DOUBLED = (Success() * 2.0 + Efficiency(max_turns=8) * 0.1).describe()
+LONGER = (Success() + Efficiency(max_turns=64) * 0.1).describe()
 SUITE: dict[str, Any] = {
     "weights": {KEPT: 1.0, OTHER: 1.0},
     "form": "full",
@@ -64,6 +66,7 @@ async def go_on(
         ({"options": {}}, {4}),
         ({"rewards": {"": DOUBLED}}, {1, 4}),
         ({"rewards": {KEPT: REWARD, OTHER: DOUBLED}}, {4}),
+        ({"rewards": {"": LONGER}}, {1, 4}),
         ({"rewards": {}}, {1, 4}),
         ({"form": "compact"}, {1, 4}),
     ],
