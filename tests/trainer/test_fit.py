@@ -105,7 +105,8 @@ class Run:
             self.rollouts = rollouts = RolloutWorkers(
                 self.suite, policy, sampler, self.ledger, resources, plan, on_group=self.buffer.put
             )
-            sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
+            sync = WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1)
+            await stack.enter_async_context(sync)
             await sync.publish(self.learner.version)
             self.stalls = Stalls(
                 folder=self.folder / "logs",

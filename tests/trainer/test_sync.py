@@ -29,7 +29,7 @@ def make_engine() -> ToyEngine:
 async def test_canary_measures_the_largest_difference() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = 0.01
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         assert await sync.publish(0) == pytest.approx(0.01, abs=1e-6), "the first weights are checked too"
         await sync.prepare([[1, 2, 3]])
         learner.version = 1
@@ -39,7 +39,7 @@ async def test_canary_measures_the_largest_difference() -> None:
 async def test_disagreement_stops_with_the_numbers() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = 0.3
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.prepare([[1, 2, 3]])
         with pytest.raises(WorkerError, match=r"version 0 engine and learner disagree by 0\.3 nats"):
             await sync.publish(0)
@@ -66,7 +66,7 @@ class MovingLearner(ToyLearner):
 @pytest.mark.parametrize("is_stale", [True, False])
 async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolerance(is_stale: bool) -> None:
     engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
-    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
         await sync.publish(0)
         engine.is_stale = is_stale
         await sync.prepare([[1, 2, 3]])
@@ -83,7 +83,7 @@ async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolera
 async def test_what_the_sides_once_disagreed_by_is_forgotten() -> None:
     """One canary of bad luck must not blind the check for the rest of the run."""
     engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
-    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
         engine.is_stale = True
         learner.version = 30  # 0.031 nats from the engine's
         await sync.publish(30)
@@ -146,7 +146,7 @@ async def make_steps(sync: WeightSync, learner: ToyLearner, count: int) -> None:
 
 async def test_an_engine_whose_scores_never_move_is_found_below_its_own_rounding() -> None:
     engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.publish(0)
         await make_steps(sync, learner, 20)
         engine.is_stale = True
@@ -164,7 +164,7 @@ async def test_an_engine_whose_scores_never_move_is_found_below_its_own_rounding
 )
 async def test_steps_that_an_engine_cannot_show_are_no_fault(growth: float, move: float) -> None:
     engine, learner = CoarseEngine(move=0.0), WritingLearner(growth=growth, move=move)
-    with WeightSync(learner, engine, tolerance=0.2, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.2, canary_every=1) as sync:
         await sync.publish(0)
         await make_steps(sync, learner, 60)
     assert engine.version == 60
@@ -212,7 +212,7 @@ async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that
                 await learner.step(rows)
                 await sync.publish(learner.version)
 
-        with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
             await sync.publish(0)
             await make_steps(sync, 20)
             engine.is_stale = True
@@ -222,21 +222,22 @@ async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that
 
 async def test_a_learner_at_another_version_is_not_published() -> None:
     sync = WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1)
-    with sync, pytest.raises(WorkerError, match="published version 0, not 3"):
-        await sync.publish(3)
+    async with sync:
+        with pytest.raises(WorkerError, match="published version 0, not 3"):
+            await sync.publish(3)
 
 
 async def test_nan_counts_as_disagreement() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = float("nan")
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.prepare([[1, 2]])
         with pytest.raises(WorkerError):
             await sync.publish(0)
 
 
 async def test_folders_in_shared_memory_are_removed() -> None:
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
         await sync.publish(0)
         folder = sync._folder
         assert folder is not None
@@ -245,17 +246,17 @@ async def test_folders_in_shared_memory_are_removed() -> None:
 
 
 async def test_a_folder_that_somebody_removed_ends_nothing() -> None:
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
         assert sync._folder is not None
         sync._folder.rmdir()
     assert sync._folder is None
 
 
-def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palaestra.trainer.sync._SHARED_MEMORY", tmp_path)
     dead, alive = tmp_path / "palaestra-weights-99999999-a", tmp_path / f"palaestra-weights-{os.getpid()}-b"
     for folder in (dead, alive):
         folder.mkdir()
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1):
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1):
         assert not dead.exists()
         assert alive.exists()

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from palaestra.trainer._weight_changes import count_changes
+from palaestra.trainer._weight_changes import find_changes
 
 
 def write(folder: Path, **tensors: NDArray[np.generic]) -> Path:

@@ -1,0 +1,56 @@
+"""Whether an engine's log-probabilities follow the learner's, seen over many steps through noise that hides each one.
+
+Invariant: only movements are compared, before a step with after it, so neither what two sides always differ by nor what
+a stale engine has fallen behind counts as noise.
+
+An engine that follows moves by what the learner moves by, one that does not by nothing, both give or take noise: the
+slope of the one over the other is 1 or 0 on average. Tokens of one canary may all be off together, steps are not: the
+slope's error is taken from how it scatters over steps (each against the slope of the others, HC3 in MacKinnon and
+White, 1985), never over tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WINDOWS = (32, 64, 128, 256)
+"""Steps that are looked at together: the smaller a step is beside the noise, the more of them it takes."""
+_STILL = 0.25
+"""An engine of a smaller slope is none that follows with an unlucky scatter."""
+_SURE = 6.0
+"""Errors that the slope must be away from 1; a t-distribution of 31 degrees is further out once in a million."""
+
+
+class Following:
+    """The movements of both sides, step by step."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, float]] = deque(maxlen=_WINDOWS[-1])
+
+    def add(self, theirs: NDArray[np.float64], ours: NDArray[np.float64]) -> None:
+        """Note how far each score moved on either side by a step; one that did not move the learner's tells nothing."""
+        if not ours.any():
+            return
+        # weighs a noisy step less, and is the same whichever of the two an engine does
+        scale = float(np.mean(np.square(theirs) + np.square(ours - theirs))) / 2
+        self._steps.append((float(theirs @ ours) / scale, float(ours @ ours) / scale))
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._steps.clear()
+
+    def slope_of_stillness(self) -> float | None:
+        """The slope of an engine that surely does not follow; None for all others."""
+        for window in _WINDOWS:
+            if len(self._steps) < window:
+                break
+            along, squared = np.array(self._steps)[-window:].T
+            slope = float(along.sum() / squared.sum())
+            slope_of_others = (along.sum() - along) / (squared.sum() - squared)
+            error = float(np.linalg.norm(along - slope_of_others * squared) / squared.sum())
+            if slope < _STILL and 1 - slope > _SURE * error:
+                return slope
+        return None
