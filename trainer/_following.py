@@ -20,8 +20,10 @@ _WINDOWS = (32, 64, 128, 256)
 """Steps that are looked at together: the smaller a step is beside the noise, the more of them it takes."""
 _STILL = 0.25
 """An engine of a smaller slope is none that follows with an unlucky scatter."""
+_FEWEST = 16
+"""Fewer steps, which are much larger than all others, say nothing of how they scatter."""
 _SURE = 6.0
-"""Errors that the slope must be away from 1; a t-distribution of 31 degrees is further out once in a million."""
+"""Errors that the slope must be away from 1; by chance that is once in a million windows or less."""
 
 
 class Following:
@@ -31,12 +33,13 @@ class Following:
         self._steps: deque[tuple[float, float]] = deque(maxlen=_WINDOWS[-1])
 
     def add(self, theirs: NDArray[np.float64], ours: NDArray[np.float64]) -> None:
-        """Note how far each score moved on either side by a step; one that did not move the learner's tells nothing."""
-        if not ours.any():
-            return
-        # weighs a noisy step less, and is the same whichever of the two an engine does
-        scale = float(np.mean(np.square(theirs) + np.square(ours - theirs))) / 2
-        self._steps.append((float(theirs @ ours) / scale, float(ours @ ours) / scale))
+        """Note by how much a step moved each score on either side: only how far both went the learner's way is kept.
+
+        A step that did not move the learner's scores tells nothing.
+        """
+        if ours.any():
+            length = float(np.linalg.norm(ours))
+            self._steps.append((float(theirs @ ours) / length, length))
 
     def clear(self) -> None:
         """Begin anew."""
@@ -47,10 +50,11 @@ class Following:
         for window in _WINDOWS:
             if len(self._steps) < window:
                 break
-            along, squared = np.array(self._steps)[-window:].T
-            slope = float(along.sum() / squared.sum())
-            slope_of_others = (along.sum() - along) / (squared.sum() - squared)
-            error = float(np.linalg.norm(along - slope_of_others * squared) / squared.sum())
-            if slope < _STILL and 1 - slope > _SURE * error:
+            theirs, ours = np.array(self._steps)[-window:].T
+            slope = float(theirs.sum() / ours.sum())
+            slope_of_others = (theirs.sum() - theirs) / (ours.sum() - ours)
+            error = float(np.linalg.norm(theirs - slope_of_others * ours) / ours.sum())
+            num_steps = float(ours.sum() ** 2 / (ours @ ours))  # as if all were equally large
+            if slope < _STILL and 1 - slope > _SURE * error and num_steps > _FEWEST:
                 return slope
         return None
