@@ -47,10 +47,13 @@ class Following:
 
     def slope_of_stillness(self) -> float | None:
         """The slope of an engine that surely does not follow; None for all others."""
+        if len(self._steps) < _WINDOWS[0]:
+            return None
+        steps = np.array(self._steps)
         for window in _WINDOWS:
-            if len(self._steps) < window:
+            if len(steps) < window:
                 break
-            theirs, ours = np.array(self._steps)[-window:].T
+            theirs, ours = steps[-window:].T
             slope = float(theirs.sum() / ours.sum())
             slope_of_others = (theirs.sum() - theirs) / (ours.sum() - ours)
             error = float(np.linalg.norm(theirs - slope_of_others * ours) / ours.sum())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.numpy import save_file
 
 from palaestra.agents.engines import EngineConfig
 from palaestra.agents.engines.transformers import TransformersEngine
-from palaestra.errors import WorkerError
+from palaestra.errors import PolicyError, WorkerError
 from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.learner import LearnerConfig, LocalLearner, Published
 from palaestra.trainer.sync import WeightSync
@@ -104,17 +106,21 @@ LONG = [list(range(101)), list(range(101))]
 
 
 class WritingLearner(ToyLearner):
-    """Writes real weights, of which each step multiplies all by `1 + growth`, and moves each score by `move` nats."""
+    """Writes real weights, of which each step multiplies all by `1 + growth`, and moves each score by `move` nats.
 
-    def __init__(self, *, growth: float, move: float) -> None:
+    They begin at 1, a number of bfloat16, or spread from there by `spread`.
+    """
+
+    def __init__(self, *, growth: float, move: float, spread: float = 0.0) -> None:
         super().__init__()
         self.growth = growth
         self.move = move
+        self.start = np.linspace(1.0, 1.0 + spread, 1600).reshape(40, 40)
 
     async def publish(self, folder: Path) -> Published:
         published = await super().publish(folder)
-        weights = np.full((40, 40), (1 + self.growth) ** self.version, np.float32)
-        save_file({"w": weights}, folder / "model.safetensors")
+        weights = self.start * (1 + self.growth) ** self.version
+        save_file({"w": weights.astype(np.float32)}, folder / "model.safetensors")
         return Published(version=published.version, checksum=str(published.version))
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -168,6 +174,180 @@ async def test_steps_that_an_engine_cannot_show_are_no_fault(growth: float, move
         await sync.publish(0)
         await make_steps(sync, learner, 60)
     assert engine.version == 60
+
+
+async def test_a_folder_that_somebody_cleared_between_two_steps_is_no_evidence_and_no_fault() -> None:
+    engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        for _ in range(15):  # seven suffice where the folder is there
+            for slot in sync._folder.iterdir() if sync._folder is not None else ():
+                shutil.rmtree(slot)
+            await make_steps(sync, learner, 1)
+
+
+async def test_weights_are_not_read_before_the_scores_say_that_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("palaestra.trainer.sync.find_changes", read)
+    engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        await make_steps(sync, learner, 5)
+        with pytest.raises(AssertionError, match="read"):
+            await make_steps(sync, learner, 5)
+
+
+WALK = np.random.default_rng(7).normal(size=(500, 200)).cumsum(axis=0) * 0.003
+"""Where the log-probabilities are at each version: every step goes 0.0024 nats another way."""
+
+
+class WalkingLearner(WritingLearner):
+    def __init__(self, *, growth: float = 1e-4, spread: float = 1.0) -> None:
+        super().__init__(growth=growth, move=0.0, spread=spread)
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [walk_of(self.version, ids, index) for index, ids in enumerate(sequences)]
+
+
+class NoisyEngine(StaleEngine):
+    """Off by another 0.012 nats each time, as a GPU's scores depend on what else it computes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(lambda prompt, seed: [1])
+        self.rng = np.random.default_rng(seed)
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        exact = [walk_of(max(0, self.version), ids, index) for index, ids in enumerate(sequences)]
+        return [(scores + self.rng.normal(size=scores.shape) * 0.015).astype(np.float32) for scores in exact]
+
+
+def walk_of(version: int, ids: Sequence[int], index: int) -> NDArray[np.float32]:
+    return (WALK[version, 100 * index : 100 * index + len(ids) - 1] - 1.0).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_loaded", [0, 100])
+async def test_a_noisy_engine_that_kept_its_weights_is_found_though_each_step_is_below_its_noise(
+    seed: int, num_loaded: int
+) -> None:
+    """Also where it never loaded any, so that what it is behind was there at the first canary."""
+    engine, learner = NoisyEngine(seed), WalkingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        learner.version = 5
+        engine.is_stale = num_loaded == 0
+        await sync.publish(5)
+        await make_steps(sync, learner, num_loaded)
+        engine.is_stale = True
+        with pytest.raises(WorkerError, match="the engine does not follow the learner"):
+            await make_steps(sync, learner, 64)
+
+
+async def test_a_noisy_engine_that_loads_passes() -> None:
+    engine, learner = NoisyEngine(), WalkingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        await sync.publish(0)
+        await make_steps(sync, learner, 400)
+
+
+async def test_a_noisy_engine_whose_rounding_swallows_the_steps_passes() -> None:
+    """As a model's that was published in bfloat16: its weights stay where they are, and the learner's move."""
+    engine, learner = NoisyEngine(), WalkingLearner(growth=1e-7, spread=0.0)
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        await make_steps(sync, learner, 150)
+
+
+class QueueingEngine(ToyEngine):
+    """Scores once it is let to, as behind a queue of requests."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt, seed: [1])
+        self.is_free = asyncio.Event()
+        self.is_free.set()
+        self.log: list[str] = []
+        self.fault: Exception | None = None
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        try:
+            await self.is_free.wait()
+        except asyncio.CancelledError:
+            self.log.append("cancelled")
+            raise
+        if self.fault is not None:
+            raise self.fault
+        self.log.append(f"scored {self.version}")
+        return await super().score(sequences)
+
+    async def load_weights(self, folder: Path, version: int, checksum: str | None = None) -> None:
+        self.log.append(f"load {version}")
+        await super().load_weights(folder, version, checksum)
+
+
+async def test_a_step_does_not_wait_for_the_engines_queue_and_no_weights_come_before_its_scores() -> None:
+    engine, learner = QueueingEngine(), ToyLearner()
+    async with asyncio.timeout(10), WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.log.clear()
+        engine.is_free.clear()
+        await sync.prepare([[1, 2, 3]])
+        await learner.step([])
+        publishing = asyncio.ensure_future(sync.publish(1))
+        await asyncio.sleep(0)
+        assert sync.describe() == ["the engine has not yet scored the canary with the weights before the step"]
+        engine.is_free.set()
+        assert await publishing == 0.0
+        assert engine.log == ["scored 0", "load 1", "scored 1"]
+        assert sync.describe() == []
+
+
+async def test_a_score_that_failed_during_the_step_is_raised_before_the_weights_are_loaded() -> None:
+    engine, learner = QueueingEngine(), ToyLearner()
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.fault = PolicyError("no room")
+        await sync.prepare([[1, 2, 3]])
+        await learner.step([])
+        with pytest.raises(PolicyError, match="no room"):
+            await sync.publish(1)
+    assert engine.loaded == [0]
+
+
+async def test_a_score_that_no_step_came_of_is_called_off_by_the_next_and_on_leaving() -> None:
+    engine, learner = QueueingEngine(), ToyLearner()
+    others = asyncio.all_tasks()
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.log.clear()
+        engine.is_free.clear()
+        await sync.prepare([[1, 2, 3]])
+        await asyncio.sleep(0)
+        await sync.prepare([[1, 2, 3]])
+        assert engine.log == ["cancelled"]
+        await asyncio.sleep(0)
+    assert engine.log == ["cancelled", "cancelled"]
+    assert asyncio.all_tasks() == others
+
+
+@pytest.mark.parametrize("is_failing", [True, False])
+async def test_a_score_that_failed_unseen_is_told_on_leaving(is_failing: bool) -> None:
+    engine, learner = QueueingEngine(), ToyLearner()
+    with pytest.raises(KeyError if is_failing else PolicyError) as caught:
+        async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+            await sync.publish(0)
+            engine.fault = PolicyError("no room")
+            await sync.prepare([[1, 2, 3]])
+            await asyncio.sleep(0)
+            if is_failing:
+                raise KeyError("why the run ends")
+    assert sync._folder is None
+    assert not is_failing or caught.value.__notes__ == ["the engine failed to score the canary, too: no room"]
 
 
 class StaleTransformersEngine(TransformersEngine):
