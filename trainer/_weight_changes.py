@@ -55,7 +55,7 @@ def find_changes(before: Path, after: Path, *, turn: int) -> Changes:
 
 
 def _part(shape: tuple[int, ...], share: float, turn: int) -> tuple[slice, ...]:
-    """Rows of a matrix, of which there may be many side by side: as large as `share` allows, from a place that moves."""
+    """Rows of a matrix, of which there may be many side by side: as many as `share` allows, each turn others."""
     if share >= 1:
         return tuple(slice(0, size) for size in shape)
     *many, num_rows, _ = shape

@@ -70,7 +70,7 @@ class WeightSync:
     """Publishes through two alternating folders in shared memory; use as an asynchronous context manager."""
 
     _scoring: asyncio.Task[Scores] | None = None
-    """The engine at work on what it is to be compared with; awaited by `publish`, by the next `prepare` or on leaving."""
+    """What the engine says before a step; awaited by `publish`, or called off by the next `prepare` or on leaving."""
 
     def __init__(self, learner: Learner, engine: Engine, *, tolerance: float, canary_every: int) -> None:
         self._learner = learner
@@ -160,7 +160,7 @@ class WeightSync:
             self._scoring = None
 
     async def _leave_scoring(self, error: BaseException | None = None) -> None:
-        """End the engine's work on the canary; what failed there is raised, or told by the `error` that is on its way."""
+        """End the engine's work on the canary; what failed there is raised, or told by the `error` under way."""
         if self._scoring is None:
             return
         scoring, self._scoring = self._scoring, None

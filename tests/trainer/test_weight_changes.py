@@ -66,7 +66,9 @@ def test_what_is_left_of_a_small_step_is_all_of_it_between_two_numbers_and_nothi
     for name, weights in (("between", between), ("on", on)):
         write(tmp_path / f"{name}-before", w=weights)
         write(tmp_path / f"{name}-after", w=weights + np.float32(1e-4))
-    assert find_changes(tmp_path / "between-before", tmp_path / "between-after", turn=0).kept == pytest.approx(1, abs=0.1)
+    assert find_changes(tmp_path / "between-before", tmp_path / "between-after", turn=0).kept == pytest.approx(
+        1, abs=0.1
+    )
     assert find_changes(tmp_path / "on-before", tmp_path / "on-after", turn=0).kept == 0
 
 
