@@ -200,8 +200,10 @@ class WeightSync:
         A small step stays within any tolerance; but then a stale engine agrees with the old weights, not the new ones.
         """
         disagreement, from_old = _distance(theirs, ours), _distance(theirs, before.ours)
-        # on these sequences, unless they agreed by chance; those before them may have been harder ones
-        on_equal_weights = max(_distance(before.theirs, before.ours), min(self._disagreements))
+        # as on these very sequences, which may be easier than others, but no less and no more than lately: they may have
+        # agreed by chance, and a stale engine disagrees by what it is behind
+        lately = min(self._disagreements), max(self._disagreements)
+        on_equal_weights = float(np.clip(_distance(before.theirs, before.ours), *lately))
         if _distance(ours, before.ours) > _CLEAR * on_equal_weights and from_old < disagreement:
             raise WorkerError(
                 f"weight sync failed: at version {version} the engine still holds the weights of the version before: "

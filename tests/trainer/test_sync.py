@@ -82,6 +82,21 @@ async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolera
             assert await sync.publish(1) == 0.0
 
 
+async def test_what_a_stale_engine_is_behind_already_does_not_hide_the_next_step() -> None:
+    engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        learner.version = 1
+        engine.is_stale = True  # 0.002 nats from the learner's, and neither side is any finer
+        await sync.publish(1)
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 6  # a step of 0.005 is not visible beside that
+        await sync.publish(6)
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 15
+        with pytest.raises(WorkerError, match="version 15 the engine still holds the weights of the version before"):
+            await sync.publish(15)
+
+
 async def test_what_the_sides_once_disagreed_by_is_forgotten() -> None:
     """One canary of bad luck must not blind the check for more than the step after it."""
     engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
