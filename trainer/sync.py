@@ -200,8 +200,8 @@ class WeightSync:
         A small step stays within any tolerance; but then a stale engine agrees with the old weights, not the new ones.
         """
         disagreement, from_old = _distance(theirs, ours), _distance(theirs, before.ours)
-        # as on these very sequences, which may be easier than others, but no less and no more than lately: they may have
-        # agreed by chance, and a stale engine disagrees by what it is behind
+        # as on these very sequences, which may be easier than others, but no less and no more than lately: they may
+        # agree by chance, and a stale engine disagrees by what it is behind
         lately = min(self._disagreements), max(self._disagreements)
         on_equal_weights = float(np.clip(_distance(before.theirs, before.ours), *lately))
         if _distance(ours, before.ours) > _CLEAR * on_equal_weights and from_old < disagreement:
