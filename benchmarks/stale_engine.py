@@ -150,7 +150,8 @@ async def try_one(model: Path, settings: GRPOConfig, rows: Sequence[TrainRow], t
         learner = await stack.enter_async_context(starting.result())
         real = await stack.enter_async_context(opening.result())
         engine: Any = Keeper(real) if trial.is_stale else real
-        sync = stack.enter_context(WeightSync(learner, engine, tolerance=settings.canary_tolerance, canary_every=1))
+        sync = WeightSync(learner, engine, tolerance=settings.canary_tolerance, canary_every=1)
+        await stack.enter_async_context(sync)
         await sync.prepare(sequences)
         await sync.publish(learner.version)
         old = await learner.score(sequences)

@@ -158,7 +158,7 @@ class Fit:
         parts = self._parts
         trajectories = (e.trajectory for group in groups for e in group.episodes)
         sequences = [t.ids.tolist() for t in trajectories if t is not None and len(t) > 1]
-        async with parts.stalls.wait("the loop waits for the canary's scores before the step"):
+        async with parts.stalls.wait("the loop waits for the learner to score the canary before the step"):
             await parts.sync.prepare(sequences[:_NUM_CANARIES])
         async with parts.stalls.wait("the loop waits for the learner's step"):
             return await parts.learner.step(make_rows(groups, parts.config))
@@ -192,7 +192,8 @@ class Fit:
             await self._unless_stopped(parts.rollouts.drain(), "the learner waits for the batch being played")
         drained_s = self._clock()
         if is_last or not self._stopping.is_set():  # else nothing is sampled any more
-            async with parts.stalls.wait("the loop waits for the engine to take the weights"):
+            text = "the loop waits for the engine to take the weights"
+            async with parts.stalls.wait(text, facts=parts.sync.describe):
                 canary = await parts.sync.publish(step)
         wait_s, sync_s = made.wait_s + drained_s - started_s, self._clock() - drained_s
         record = await self._summarise(replace(made, wait_s=wait_s, sync_s=sync_s, canary=canary))

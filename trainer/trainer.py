@@ -178,7 +178,7 @@ class Trainer:
                     suite.split("train"), policy, sampler, ledger, resources or own, self._plan(), on_group=buffer.put
                 )
                 stalls.facts = partial(self._facts, learner, buffer, rollouts)
-                with WeightSync(
+                async with WeightSync(
                     learner, engine, tolerance=config.canary_tolerance, canary_every=config.canary_every
                 ) as sync:
                     async with stalls.wait("the run waits for the engine to take the first weights"):

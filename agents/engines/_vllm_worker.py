@@ -119,14 +119,14 @@ class VllmService(EngineService):
         for index, sequence in enumerate(sequences):
             sampling = self._sampling_class(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
             request_id = f"score-{next(self._score_numbers)}"
-            self._add(request_id, sequence, sampling)
+            self._add(request_id, sequence, sampling, is_first=True)
             self._scoring[request_id] = (scoring, index)
 
     def _load_weights(self, folder: str, checksum: str | None) -> None:
         tensors = read_weights(folder, self._shapes, is_tied=self._is_tied, checksum=checksum)
         self._core.model_executor.collective_rpc(_load_into, args=(tensors,))
 
-    def _add(self, request_id: str, prompt: list[int], sampling: Any) -> None:
+    def _add(self, request_id: str, prompt: list[int], sampling: Any, *, is_first: bool = False) -> None:
         request = self._request_class(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -137,6 +137,7 @@ class VllmService(EngineService):
             lora_request=None,
             cache_salt=str(self._version),  # vLLM keeps cached prefixes over a weight load; the salt hides them
             data_parallel_rank=None,
+            priority=-1 if is_first else 0,  # a score is short, and weights wait for it: it takes the next free slot
         )
         self._core.add_request(*self._core.preprocess_add_request(request))
 
@@ -189,6 +190,7 @@ def _start_core(setup: WorkerSetup) -> Any:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         async_scheduling=False,
+        scheduling_policy="priority",
         enable_prefix_caching=True,
         disable_log_stats=True,
         **(_gpu_arguments(setup) if has_gpu and setup.config.device != "cpu" else _cpu_arguments(setup)),

@@ -74,7 +74,7 @@ class Judge:
         if checkpoint is not None:
             await learner.load(checkpoint)
         await self._engine.begin()
-        with WeightSync(learner, self._engine, tolerance=_TOLERANCE, canary_every=1) as sync:
+        async with WeightSync(learner, self._engine, tolerance=_TOLERANCE, canary_every=1) as sync:
             await sync.publish(learner.version)
 
     async def _play(self, *, of_stragglers: bool) -> list[dict[str, Any]]:

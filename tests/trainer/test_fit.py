@@ -13,17 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from palaestra.agents import Completion, EnginePolicy, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
 from palaestra.errors import PalaestraError, WorkerError, leaves
 from palaestra.resources import Resources
+from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.buffer import ReplayBuffer
 from palaestra.trainer.checkpoints import Checkpoints
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.fit import Fit, Parts
-from palaestra.trainer.learner import LearnerConfig
+from palaestra.trainer.learner import LearnerConfig, StepReport
 from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord
 from palaestra.trainer.resume import resume
@@ -105,7 +107,8 @@ class Run:
             self.rollouts = rollouts = RolloutWorkers(
                 self.suite, policy, sampler, self.ledger, resources, plan, on_group=self.buffer.put
             )
-            sync = stack.enter_context(WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1))
+            sync = WeightSync(self.learner, self.engine, tolerance=1e-3, canary_every=1)
+            await stack.enter_async_context(sync)
             await sync.publish(self.learner.version)
             self.stalls = Stalls(
                 folder=self.folder / "logs",
@@ -189,6 +192,25 @@ async def test_sync_steps_do_not_depend_on_who_was_last(tmp_path: Path, tokenize
         await run.train()
     for one, other in zip(runs[0].learner.batches, runs[1].learner.batches, strict=True):
         assert [row.trajectory for row in one] == [row.trajectory for row in other]
+
+
+async def test_a_run_that_stops_does_not_wait_for_scores_that_nobody_needs(tmp_path: Path, tokenizer: Path) -> None:
+    run = Run(tmp_path, tokenizer, config(steps=2))
+    others, step, score = asyncio.all_tasks(), run.learner.step, run.engine.score
+
+    async def stop_and_step(rows: Sequence[TrainRow]) -> StepReport:
+        run.stop()
+        return await step(rows)
+
+    async def score_the_first(sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        if run.engine.loaded == [0] and len(sequences) > 1:
+            await asyncio.Event().wait()
+        return await score(sequences)
+
+    run.learner.step, run.engine.score = stop_and_step, score_the_first  # type: ignore[method-assign]
+    await run.train()
+    assert run.learner.version == 1
+    assert asyncio.all_tasks() == others
 
 
 async def test_a_step_is_on_record_before_its_weights_leave(tmp_path: Path, tokenizer: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def make_engine() -> ToyEngine:
 async def test_canary_measures_the_largest_difference() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = 0.01
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         assert await sync.publish(0) == pytest.approx(0.01, abs=1e-6), "the first weights are checked too"
         await sync.prepare([[1, 2, 3]])
         learner.version = 1
@@ -39,7 +40,7 @@ async def test_canary_measures_the_largest_difference() -> None:
 async def test_disagreement_stops_with_the_numbers() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = 0.3
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.prepare([[1, 2, 3]])
         with pytest.raises(WorkerError, match=r"version 0 engine and learner disagree by 0\.3 nats"):
             await sync.publish(0)
@@ -66,7 +67,7 @@ class MovingLearner(ToyLearner):
 @pytest.mark.parametrize("is_stale", [True, False])
 async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolerance(is_stale: bool) -> None:
     engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
-    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
         await sync.publish(0)
         engine.is_stale = is_stale
         await sync.prepare([[1, 2, 3]])
@@ -80,23 +81,37 @@ async def test_an_engine_that_kept_the_old_weights_is_found_far_below_the_tolera
             assert await sync.publish(1) == 0.0
 
 
-async def test_what_the_sides_once_disagreed_by_is_forgotten() -> None:
-    """One canary of bad luck must not blind the check for the rest of the run."""
+async def test_what_a_stale_engine_is_behind_already_does_not_hide_the_next_step() -> None:
     engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
-    with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        learner.version = 1
+        engine.is_stale = True  # 0.002 nats from the learner's, and neither side is any finer
+        await sync.publish(1)
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 6  # a step of 0.005 is not visible beside that
+        await sync.publish(6)
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 15
+        with pytest.raises(WorkerError, match="version 15 the engine still holds the weights of the version before"):
+            await sync.publish(15)
+
+
+async def test_what_the_sides_once_disagreed_by_is_forgotten() -> None:
+    """One canary of bad luck must not blind the check for more than the step after it."""
+    engine, learner = StaleEngine(lambda prompt, seed: [1]), MovingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
         engine.is_stale = True
         learner.version = 30  # 0.031 nats from the engine's
         await sync.publish(30)
         engine.is_stale = False
-        for version in range(31, 47):
-            await sync.prepare([[1, 2, 3]])
-            learner.version = version
-            await sync.publish(version)
+        await sync.prepare([[1, 2, 3]])
+        learner.version = 31
+        await sync.publish(31)
         engine.is_stale = True
         await sync.prepare([[1, 2, 3]])
-        learner.version = 47
-        with pytest.raises(WorkerError, match="version 47 the engine still holds the weights of the version before"):
-            await sync.publish(47)
+        learner.version = 32
+        with pytest.raises(WorkerError, match="version 32 the engine still holds the weights of the version before"):
+            await sync.publish(32)
 
 
 LONG = [list(range(101)), list(range(101))]
@@ -104,17 +119,21 @@ LONG = [list(range(101)), list(range(101))]
 
 
 class WritingLearner(ToyLearner):
-    """Writes real weights, of which each step multiplies all by `1 + growth`, and moves each score by `move` nats."""
+    """Writes real weights, of which each step multiplies all by `1 + growth`, and moves each score by `move` nats.
 
-    def __init__(self, *, growth: float, move: float) -> None:
+    They begin at 1, a number of bfloat16, or spread from there by `spread`.
+    """
+
+    def __init__(self, *, growth: float, move: float, spread: float = 0.0) -> None:
         super().__init__()
         self.growth = growth
         self.move = move
+        self.start = np.linspace(1.0, 1.0 + spread, 1600).reshape(40, 40)
 
     async def publish(self, folder: Path) -> Published:
         published = await super().publish(folder)
-        weights = np.full((40, 40), (1 + self.growth) ** self.version, np.float32)
-        save_file({"w": weights}, folder / "model.safetensors")
+        weights = self.start * (1 + self.growth) ** self.version
+        save_file({"w": weights.astype(np.float32)}, folder / "model.safetensors")
         return Published(version=published.version, checksum=str(published.version))
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -146,7 +165,7 @@ async def make_steps(sync: WeightSync, learner: ToyLearner, count: int) -> None:
 
 async def test_an_engine_whose_scores_never_move_is_found_below_its_own_rounding() -> None:
     engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.publish(0)
         await make_steps(sync, learner, 20)
         engine.is_stale = True
@@ -164,10 +183,98 @@ async def test_an_engine_whose_scores_never_move_is_found_below_its_own_rounding
 )
 async def test_steps_that_an_engine_cannot_show_are_no_fault(growth: float, move: float) -> None:
     engine, learner = CoarseEngine(move=0.0), WritingLearner(growth=growth, move=move)
-    with WeightSync(learner, engine, tolerance=0.2, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.2, canary_every=1) as sync:
         await sync.publish(0)
         await make_steps(sync, learner, 60)
     assert engine.version == 60
+
+
+async def test_a_folder_that_somebody_cleared_between_two_steps_is_no_evidence_and_no_fault() -> None:
+    engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        for _ in range(15):  # seven suffice where the folder is there
+            for slot in sync._folder.iterdir() if sync._folder is not None else ():
+                shutil.rmtree(slot)
+            await make_steps(sync, learner, 1)
+
+
+async def test_weights_are_not_read_before_the_scores_say_that_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("palaestra.trainer.sync.find_changes", read)
+    engine, learner = CoarseEngine(move=1e-3), WritingLearner(growth=0.01, move=1e-3)
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        await make_steps(sync, learner, 5)
+        with pytest.raises(AssertionError, match="read"):
+            await make_steps(sync, learner, 5)
+
+
+WALK = np.random.default_rng(7).normal(size=(500, 200)).cumsum(axis=0) * 0.003
+"""Where the log-probabilities are at each version: every step goes 0.0024 nats another way."""
+
+
+class WalkingLearner(WritingLearner):
+    def __init__(self, *, growth: float = 1e-4, spread: float = 1.0) -> None:
+        super().__init__(growth=growth, move=0.0, spread=spread)
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [walk_of(self.version, ids, index) for index, ids in enumerate(sequences)]
+
+
+class NoisyEngine(StaleEngine):
+    """Off by another 0.012 nats each time, as a GPU's scores depend on what else it computes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(lambda prompt, seed: [1])
+        self.rng = np.random.default_rng(seed)
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        exact = [walk_of(max(0, self.version), ids, index) for index, ids in enumerate(sequences)]
+        return [(scores + self.rng.normal(size=scores.shape) * 0.015).astype(np.float32) for scores in exact]
+
+
+def walk_of(version: int, ids: Sequence[int], index: int) -> NDArray[np.float32]:
+    return (WALK[version, 100 * index : 100 * index + len(ids) - 1] - 1.0).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_loaded", [0, 100])
+async def test_a_noisy_engine_that_kept_its_weights_is_found_though_each_step_is_below_its_noise(
+    seed: int, num_loaded: int
+) -> None:
+    """Also where it never loaded any, so that what it is behind was there at the first canary."""
+    engine, learner = NoisyEngine(seed), WalkingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        learner.version = 5
+        engine.is_stale = num_loaded == 0
+        await sync.publish(5)
+        await make_steps(sync, learner, num_loaded)
+        engine.is_stale = True
+        with pytest.raises(WorkerError, match="the engine does not follow the learner"):
+            await make_steps(sync, learner, 64)
+
+
+async def test_a_noisy_engine_that_loads_passes() -> None:
+    engine, learner = NoisyEngine(), WalkingLearner()
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        await sync.publish(0)
+        await make_steps(sync, learner, 400)
+
+
+async def test_a_noisy_engine_whose_rounding_swallows_the_steps_passes() -> None:
+    """As a model's that was published in bfloat16: its weights stay where they are, and the learner's move."""
+    engine, learner = NoisyEngine(), WalkingLearner(growth=1e-7, spread=0.0)
+    async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        await sync.publish(0)
+        engine.is_stale = True
+        await make_steps(sync, learner, 150)
 
 
 class StaleTransformersEngine(TransformersEngine):
@@ -212,7 +319,7 @@ async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that
                 await learner.step(rows)
                 await sync.publish(learner.version)
 
-        with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
+        async with WeightSync(learner, engine, tolerance=0.05, canary_every=1) as sync:
             await sync.publish(0)
             await make_steps(sync, 20)
             engine.is_stale = True
@@ -222,21 +329,22 @@ async def test_in_bfloat16_an_engine_that_kept_its_weights_is_found_and_one_that
 
 async def test_a_learner_at_another_version_is_not_published() -> None:
     sync = WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1)
-    with sync, pytest.raises(WorkerError, match="published version 0, not 3"):
-        await sync.publish(3)
+    async with sync:
+        with pytest.raises(WorkerError, match="published version 0, not 3"):
+            await sync.publish(3)
 
 
 async def test_nan_counts_as_disagreement() -> None:
     engine, learner = make_engine(), ToyLearner()
     engine.wrong_by = float("nan")
-    with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(learner, engine, tolerance=0.1, canary_every=1) as sync:
         await sync.prepare([[1, 2]])
         with pytest.raises(WorkerError):
             await sync.publish(0)
 
 
 async def test_folders_in_shared_memory_are_removed() -> None:
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
         await sync.publish(0)
         folder = sync._folder
         assert folder is not None
@@ -245,17 +353,17 @@ async def test_folders_in_shared_memory_are_removed() -> None:
 
 
 async def test_a_folder_that_somebody_removed_ends_nothing() -> None:
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1) as sync:
         assert sync._folder is not None
         sync._folder.rmdir()
     assert sync._folder is None
 
 
-def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_folders_of_killed_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palaestra.trainer.sync._SHARED_MEMORY", tmp_path)
     dead, alive = tmp_path / "palaestra-weights-99999999-a", tmp_path / f"palaestra-weights-{os.getpid()}-b"
     for folder in (dead, alive):
         folder.mkdir()
-    with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1):
+    async with WeightSync(ToyLearner(), make_engine(), tolerance=0.1, canary_every=1):
         assert not dead.exists()
         assert alive.exists()

@@ -86,7 +86,7 @@ async def _open(job: Job, logs: Path, display: Display) -> AsyncIterator[_Bench]
                 engine = tasks.create_task(own.get("engine", start_engine))
                 tasks.create_task(_start_environments(suite, own))
         tolerance, every = config.canary_tolerance, config.canary_every
-        with WeightSync(learner.result(), engine.result(), tolerance=tolerance, canary_every=every) as sync:
+        async with WeightSync(learner.result(), engine.result(), tolerance=tolerance, canary_every=every) as sync:
             yield _Bench(job, suite, renderer, engine.result(), learner.result(), sync, own)
 
 

@@ -230,6 +230,18 @@ async def test_cancelled_requests_stop_and_free_their_places(served: Served) -> 
         assert await served.engine.stats() == settled  # nothing runs on
 
 
+async def test_scores_are_served_before_requests_that_wait_for_a_place(served: Served) -> None:
+    before = await served.engine.stats()
+    async with asyncio.TaskGroup() as group:
+        calls = [_long_request(group, served, index) for index in range(4 * NUM_SLOTS)]
+        await served.until_tokens(before.tokens + 1)
+        await served.engine.score([prompt_of(40, 8), prompt_of(50, 9)])
+        assert (await served.engine.stats()).requests - before.requests <= NUM_SLOTS
+        for call in calls:
+            call.cancel()
+    await _settled(served)
+
+
 async def _settled(served: Served) -> EngineStats:
     """The totals once two looks in a row agree: the step under way may add to the busy time."""
     async with asyncio.timeout(30):
