@@ -381,7 +381,7 @@ async def test_an_engine_starts_once_the_steps_were_made_again(
         stalls = trainer._stalls()
         learner, _ = await trainer._open_models(own, ledger, checkpoints, None, stalls)
         assert (learner.version, seen) == (6, [6])
-        assert list(map(id, stalls.processes)) == [id(learner)], "a report has its stacks"
+        assert list(map(id, stalls.processes)) == [id(learner)], "a report has its stacks; the toy engine has none"
         assert history.opened == [learner]
     assert history.opened[0].is_closed
     await ledger.aclose()
