@@ -90,6 +90,13 @@ def call(name: str, **arguments: object) -> Message:
     return Message("assistant", tool_calls=(ToolCall(name=name, arguments=arguments),))
 
 
+def pass_time(seconds: float) -> None:
+    """Let time pass for the timers of the running loop, at once and for nothing else."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + seconds  # type: ignore[method-assign]
+
+
 def register_echo() -> None:
     """Make `test/Echo-v0` known."""
     register("test/Echo-v0", "tests.toys:Echo", family="toy", summary="say the word")
