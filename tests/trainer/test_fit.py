@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -417,6 +421,40 @@ def test_group_without_a_baseline_is_refused() -> None:
     equal = Group(id="0", task=group.task, episodes=tuple(sibling(k, Outcome.SCORED, 1.0) for k in range(3)))
     assert objection_to(equal, config()) is None
     assert objection_to(equal, config(drop_zero_variance=True)) == "zero_variance"
+
+
+async def test_a_start_reads_no_step_but_the_last(tmp_path: Path, tokenizer: Path) -> None:
+    await Run(tmp_path, tokenizer, config(steps=2)).train()
+    run = Run(tmp_path, tokenizer, config(steps=3))
+
+    async def read_all() -> NoReturn:
+        raise AssertionError("a long run has many")
+
+    async with run.open() as fit:
+        run.ledger.steps = read_all  # type: ignore[method-assign]
+        await fit.train()
+    assert [record.step for record in run.records] == [3]
+
+
+async def test_the_wall_clock_decides_nothing(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It jumps an hour on and two back whenever somebody looks: deadlines, lag, seconds and ledger stay as they are."""
+    steady, jumping = (Run(tmp_path / name, tokenizer, config(mode="sync", max_lag=0)) for name in ("0", "1"))
+    await steady.train()
+    real, jumps = time.time, itertools.cycle((3600.0, -3600.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
+    await jumping.train()
+    assert jumping.notes == steady.notes == []
+    for one, other in zip(steady.learner.batches, jumping.learner.batches, strict=True):
+        assert [row.trajectory for row in one] == [row.trajectory for row in other]
+    for record in jumping.records:
+        assert all(0.0 <= seconds < 60.0 for seconds in (record.wait_s, record.learn_s, record.sync_s))
+    plays = [json.loads(record) for record, _ in read_plays(tmp_path / "1").values()]
+    assert {play["outcome"] for play in plays} == {"scored"}
+    assert all(0.0 <= play["wall_s"] < 60.0 for play in plays)
+    assert set(read_plays(tmp_path / "1")) >= {(number, position) for number in range(12) for position in range(4)}
 
 
 async def test_curves_go_on_where_a_killed_run_left_them(tmp_path: Path, tokenizer: Path) -> None:
