@@ -58,6 +58,8 @@ class Echo(Env):
         """Say a word."""
         if self.fault == "step":
             raise SandboxError("the box died")
+        if self.fault == "brief":
+            await asyncio.sleep(0.001)
         if self.fault == "slow":
             await asyncio.sleep(60)
         if word == "mute":
