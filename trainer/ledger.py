@@ -60,8 +60,9 @@ class Ledger:
     ) -> Ledger:
         """Open or create the ledger of a run folder; `meta` is what a new run is, and is ignored for an old one.
 
-        Every byte is checked: `tell` hears a line where that takes long, and who is cancelled meanwhile leaves. Raises `LedgerError` when another process holds it, when it is damaged or does not add up, or when it was
-        written in another format; `ConfigError` when the folder cannot be written.
+        Every byte is checked: `tell` hears a line where that takes long, and a cancellation breaks it off. Raises
+        `LedgerError` when another process holds it, when it is damaged or does not add up, or when it was written in
+        another format; `ConfigError` when the folder cannot be written.
         """
         lock = await asyncio.to_thread(take_lock, folder)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")

@@ -89,7 +89,7 @@ class Trainer:
         self._allow = frozenset(allow)
 
     def fit(self, suite: EnvSuite) -> FitResult:
-        """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice leaves now.
+        """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice just leaves.
 
         Raises `ConfigError` inside a running event loop.
         """

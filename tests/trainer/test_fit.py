@@ -276,16 +276,16 @@ async def test_a_wait_without_end_is_a_named_stall(tmp_path: Path, tokenizer: Pa
 async def test_a_run_that_drops_all_its_groups_says_so_at_its_end(tmp_path: Path, tokenizer: Path) -> None:
     run = Run(tmp_path, tokenizer, config(step_timeout_s=1000.0, drop_zero_variance=True))
     run.engine.choose = lambda prompt, seed: run.choose(prompt, 0)
-    with pytest.raises(ExceptionGroup) as caught:
-        async with run.open() as fit:
-            drop = run.ledger.drop
+    async with run.open() as fit:
+        drop = run.ledger.drop
 
-            async def drop_late(number: int, reason: str) -> None:
-                await drop(number, reason)
-                if number == 3:
-                    pass_time(1000.0)
+        async def drop_late(number: int, reason: str) -> None:
+            await drop(number, reason)
+            if number == 3:
+                pass_time(1000.0)
 
-            run.ledger.drop = drop_late  # type: ignore[method-assign]
+        run.ledger.drop = drop_late  # type: ignore[method-assign]
+        with pytest.raises(ExceptionGroup) as caught:
             await fit.train()
     messages = [str(error) for error in leaves(caught.value) if isinstance(error, WorkerError)]
     found = re.search(r"(\d+) groups were dropped since the last step \((\d+) zero_variance\); ", messages[0])
@@ -436,9 +436,7 @@ async def test_a_start_reads_no_step_but_the_last(tmp_path: Path, tokenizer: Pat
     assert [record.step for record in run.records] == [3]
 
 
-async def test_the_wall_clock_decides_nothing(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_wall_clock_decides_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It jumps an hour on and two back whenever somebody looks: deadlines, lag, seconds and ledger stay as they are."""
     settings = config(mode="sync", max_lag=0)
     steady, jumping = (Run(tmp_path / name, tokenizer, settings, fault="brief") for name in ("0", "1"))

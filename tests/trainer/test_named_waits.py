@@ -108,11 +108,14 @@ async def test_no_wait_of_the_loop_is_without_a_name(
         else:
             await fit.train()
     assert unnamed == []
-    assert called == {
-        "": START | TRAINED,
-        "is refused": START | TRAINED | {"drop", "note"},
-        "fails": START - {"load_weights"},
-    }[fault]
+    assert (
+        called
+        == {
+            "": START | TRAINED,
+            "is refused": START | TRAINED | {"drop", "note"},
+            "fails": START - {"load_weights"},
+        }[fault]
+    )
 
 
 @pytest.mark.parametrize("ending", ["the learner fails", "a process dies", "a second signal"])

@@ -100,7 +100,7 @@ class Play:
                 await ledger.aclose()
 
     async def first(self, *, num_held: int | None = None) -> tuple[Group, list[Episode]]:
-        """The first group, and what the ledger has of it; at its deadline once the quick ones ended and so many hang."""
+        """The first group, and what the ledger has of it; late once the quick ones ended and `num_held` hang."""
         num_open = Echo.num_open
         async with self.open() as (workers, ledger):
             running = asyncio.create_task(workers.run())
