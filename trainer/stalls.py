@@ -1,8 +1,8 @@
 """Stall reports: who waits for whom, since when, and where each of them is in the code.
 
 Invariant: no wait of the loop is silent, those after an error included. One that lasts longer than `report_s` writes a
-report and says so once, one that passes its deadline ends the run with the same report; a loop that does not turn is told
-by a thread. A report ends nothing: what cannot be read, written or told is left out of it by name.
+report and says so once, one that passes its deadline ends the run with the same report; a loop that does not turn is
+told by a thread. A report ends nothing: what cannot be read, written or told is left out of it by name.
 """
 
 from __future__ import annotations
