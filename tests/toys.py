@@ -58,6 +58,8 @@ class Echo(Env):
         """Say a word."""
         if self.fault == "step":
             raise SandboxError("the box died")
+        if self.fault == "brief":
+            await asyncio.sleep(0.001)
         if self.fault == "slow":
             await asyncio.sleep(60)
         if word == "mute":
@@ -88,6 +90,13 @@ class EchoExpert:
 def call(name: str, **arguments: object) -> Message:
     """An assistant message with one tool call."""
     return Message("assistant", tool_calls=(ToolCall(name=name, arguments=arguments),))
+
+
+def pass_time(seconds: float) -> None:
+    """Let time pass for the timers of the running loop, at once and for nothing else."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + seconds  # type: ignore[method-assign]
 
 
 def register_echo() -> None:

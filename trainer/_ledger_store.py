@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,15 @@ class RecordedStep:
     trace: bytes | None
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open or create the file and look it over; raises `LedgerError` when it is damaged or cannot be written."""
+def connect(path: Path, on_open: Callable[[sqlite3.Connection], None] = lambda _: None) -> sqlite3.Connection:
+    """Open or create the file and look it over; raises `LedgerError` when it is damaged or cannot be written.
+
+    To look it over takes as long as to read it all: `on_open` hears of the connection before, to interrupt it.
+    """
     try:
         connection = sqlite3.connect(path, isolation_level=None)
         try:
+            on_open(connection)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             _look_over(connection, path)
@@ -260,6 +264,19 @@ def configs_of(connection: sqlite3.Connection, steps: Sequence[int]) -> list[tup
 def step_metrics(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     """Metrics of all recorded steps, in order."""
     return [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM steps ORDER BY step")]
+
+
+def last_metrics(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Metrics of the newest recorded step; empty before the first."""
+    row = connection.execute("SELECT metrics FROM steps ORDER BY step DESC LIMIT 1").fetchone()
+    found: dict[str, Any] = json.loads(row[0]) if row is not None else {}
+    return found
+
+
+def drops_told(connection: sqlite3.Connection) -> dict[str, int]:
+    """How many dropped groups the recorded steps told of, by reason."""
+    query = "SELECT key, SUM(each.value) FROM steps, json_each(metrics, '$.dropped') AS each GROUP BY key"
+    return {str(reason): int(count) for reason, count in connection.execute(query)}
 
 
 def records(

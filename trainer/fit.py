@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -79,43 +80,51 @@ class Fit:
         """Train until `config.steps`, or until `stop`; leaves a checkpoint of the last step."""
         parts = self._parts
         await self._count_on()
-        async with asyncio.TaskGroup() as tasks:
+        async with AsyncExitStack() as leaving, asyncio.TaskGroup() as tasks:
             generating = tasks.create_task(self._generate(), name="rollouts")
-            while parts.learner.version < parts.config.steps:
-                started_s = self._clock()
-                batch = await self._sample()
-                if batch is None:
-                    break
-                waited_s = self._clock() - started_s
-                try:
-                    report = await self._learn([group for _, group in batch])
-                except StepRefusedError as error:
-                    await self._refuse(batch, error)
-                    continue
-                made = _Made(batch=batch, report=report, wait_s=waited_s, learn_s=self._clock() - started_s - waited_s)
-                await self._record(made)
-                await self._publish(made)
-            generating.cancel()
-            async with parts.stalls.wait("the loop waits for the episodes under way to be closed"):
-                await asyncio.wait((generating,))
+            try:
+                await self._learn_on()
+            finally:
+                generating.cancel()
+                # whatever ended the steps, the group waits on its way out, and an environment may take long to end
+                closed = parts.stalls.wait("the loop waits for the episodes under way to be closed")
+                await leaving.enter_async_context(closed)
         await self._save()
 
     def stop(self) -> None:
         """Finish the step under way, save, and leave."""
         self._stopping.set()
 
+    async def _learn_on(self) -> None:
+        """One step after another, while there is one to make."""
+        parts = self._parts
+        while parts.learner.version < parts.config.steps:
+            started_s = self._clock()
+            batch = await self._sample()
+            if batch is None:
+                break
+            waited_s = self._clock() - started_s
+            try:
+                report = await self._learn([group for _, group in batch])
+            except StepRefusedError as error:
+                await self._refuse(batch, error)
+                continue
+            made = _Made(batch=batch, report=report, wait_s=waited_s, learn_s=self._clock() - started_s - waited_s)
+            await self._record(made)
+            await self._publish(made)
+
     async def _count_on(self) -> None:
         """Counts go on where the ledger has them; drops that no step has told of are told by the next one."""
         parts = self._parts
         async with parts.stalls.wait("the loop waits for the ledger's counts"):
-            balance, records = await parts.ledger.balance(), await parts.ledger.steps()
+            balance, told = await parts.ledger.balance(), await parts.ledger.drops_told()
+            last = await parts.ledger.last_metrics()
         parts.rollouts.count_on(num_generated=balance.episodes_ended, num_verified=balance.episodes_verified)
         untold = Counter(balance.dropped)
-        for record in records:
-            untold.subtract(record.get("dropped", {}))
+        untold.subtract(told)
         self._dropped = list(untold.elements())
         # the engine counts from its own start, the run from its first life on
-        self._engine_busy_s = records[-1].get("engine_busy_s", 0.0) if records else 0.0
+        self._engine_busy_s = last.get("engine_busy_s", 0.0)
         self._engine_offset_s = self._engine_busy_s - await self._engine_count()
 
     async def _generate(self) -> None:
@@ -167,10 +176,11 @@ class Fit:
         """Drop a batch that the learner would not train, for else it would come again at each start; one in a row."""
         version = self._parts.learner.version
         line = f"groups {', '.join(str(number) for number, _ in batch)} are dropped (refused): {error}"
-        await self._parts.ledger.note(line)
-        self._parts.stalls.say(line)
-        for number, _ in batch:
-            await self._replace(Dropped(number, "refused"))
+        async with self._parts.stalls.wait("the loop waits for the ledger to drop the batch"):
+            for number, _ in batch:
+                await self._replace(Dropped(number, "refused"))
+            await self._parts.ledger.note(line)
+        self._parts.stalls.tell(line)
         if self._refused_at == version:
             raise error
         self._refused_at = version

@@ -12,7 +12,8 @@ import json
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
@@ -45,6 +46,8 @@ _FILE = "ledger.sqlite"
 _BEFORE_ALL = (-1, -1)
 _NUM_AT_ONCE = 64
 """Episodes that a reader holds in memory."""
+_LONG_S = 5.0
+_INTERRUPT_AGAIN_S = 0.02
 
 
 class Ledger:
@@ -56,24 +59,32 @@ class Ledger:
         self._thread = thread
 
     @classmethod
-    async def open(cls, folder: Path, *, meta: Mapping[str, Any]) -> Ledger:
+    async def open(
+        cls, folder: Path, *, meta: Mapping[str, Any], tell: Callable[[str], None] = lambda _: None
+    ) -> Ledger:
         """Open or create the ledger of a run folder; `meta` is what a new run is, and is ignored for an old one.
 
-        Raises `LedgerError` when another process holds it, when it is damaged or does not add up, or when it was
-        written in another format; `ConfigError` when the folder cannot be written.
+        Every byte is checked: `tell` hears a line where that takes long, and a cancellation breaks it off. Raises
+        `LedgerError` when another process holds it, when it is damaged or does not add up, or when it was written in
+        another format; `ConfigError` when the folder cannot be written.
         """
         lock = await asyncio.to_thread(take_lock, folder)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        opening = thread.submit(store.connect, folder / _FILE)
+        opened: list[sqlite3.Connection] = []
+        opening = thread.submit(store.connect, folder / _FILE, opened.append)
+        loop = asyncio.get_running_loop()
+        telling = loop.call_later(_LONG_S, lambda: tell(f"checking the ledger, {_describe_size(folder / _FILE)}"))
         try:
             ledger = cls(await asyncio.wrap_future(opening), lock, thread)
             await ledger._do(store.check_meta, {"run": uuid.uuid4().hex, **meta})
             await ledger.balance()
         except BaseException:
-            thread.submit(_close, opening)
+            _call_off(thread.submit(_close, opening), opened)
             thread.shutdown()
             lock.close()
             raise
+        finally:
+            telling.cancel()
         return ledger
 
     async def aclose(self) -> None:
@@ -169,6 +180,14 @@ class Ledger:
         """Metrics of all recorded steps, in order."""
         return await self._do(store.step_metrics)
 
+    async def last_metrics(self) -> dict[str, Any]:
+        """Metrics of the newest recorded step; empty before the first."""
+        return await self._do(store.last_metrics)
+
+    async def drops_told(self) -> dict[str, int]:
+        """How many dropped groups the recorded steps told of, by reason."""
+        return await self._do(store.drops_told)
+
     async def _do(
         self,
         function: Callable[Concatenate[sqlite3.Connection, ArgumentsT], ValueT],
@@ -196,6 +215,24 @@ def _close(opening: Future[sqlite3.Connection]) -> None:
 def reading(run: Path) -> LedgerReader:
     """A reader of a run's ledger, for commands that look more than once; the run may be going on."""
     return LedgerReader(run / _FILE)
+
+
+def _call_off(closing: Future[None], opened: Sequence[sqlite3.Connection]) -> None:
+    """Break off what the ledger's thread has to do before `closing`, and wait for that.
+
+    An interrupt ends the query under way, and does nothing between two of them: hence again and again.
+    """
+    while not wait((closing,), _INTERRUPT_AGAIN_S).done:
+        for connection in opened:
+            with suppress(sqlite3.ProgrammingError):  # closed just now
+                connection.interrupt()
+
+
+def _describe_size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size / 1e9:.1f} GB"
+    except OSError:  # moved away meanwhile, which whoever reads it will tell
+        return "size unknown"
 
 
 def read_records(run: Path) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Stall reports: who waits for whom, since when, and where each of them is in the code.
 
-Invariant: no wait of the loop is silent. One that lasts longer than `report_s` writes a report and says so once, one
-that passes its deadline ends the run with the same report; a loop that does not turn is told by a thread. A report ends
-nothing: what cannot be read, written or told is left out of it by name.
+Invariant: no wait of the loop is silent, those after an error included. One that lasts longer than `report_s` writes a
+report and says so once, one that passes its deadline ends the run with the same report; a loop that does not turn is
+told by a thread. A report ends nothing: what cannot be read, written or told is left out of it by name.
 """
 
 from __future__ import annotations
@@ -85,22 +85,28 @@ class Stalls:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Look at the waits in here; a process that ends ends this by name, also while nobody calls it."""
-        async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch(), name="stall watch")
+        """Look at the waits in here, to the end; a process that ends ends this by name, also while nobody calls it."""
+        async with asyncio.TaskGroup() as looks:
+            look = looks.create_task(self._look(), name="stall watch")
             try:
-                yield
+                # a group of their own: what is closed after a process ended may take long, and is watched too
+                async with asyncio.TaskGroup() as tasks:
+                    watches = [tasks.create_task(each.watch(), name="process watch") for each in self.processes]
+                    try:
+                        yield
+                    finally:
+                        for watch in watches:
+                            watch.cancel()
             finally:
-                watch.cancel()
+                look.cancel()
 
-    async def _watch(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for process in self.processes:
-                tasks.create_task(process.watch(), name="process watch")
-            await self._look()
+    def tell(self, line: str) -> None:
+        """Say a line. It ends no run: whoever read the error stream may have left."""
+        with suppress(OSError):
+            self.say(line)
 
     async def _look(self) -> None:
-        with _watch_loop(self.folder, self.report_s, self.say):
+        with _watch_loop(self.folder, self.report_s, self.tell):
             while True:
                 await asyncio.sleep(_LOOK_S)
                 for wait in tuple(self._waits):
@@ -108,7 +114,7 @@ class Stalls:
                     if waited_s >= self.report_s and not wait.is_told:
                         wait.is_told = True
                         where = await self.report()
-                        _tell(self.say, f"{wait.text} for {waited_s:.0f} s by now; who is where: {where}")
+                        self.tell(f"{wait.text} for {waited_s:.0f} s by now; who is where: {where}")
 
     async def report(self) -> str:
         """Write who waits for whom, with the stacks of all tasks and processes; where that is, or why it is nowhere."""
@@ -165,7 +171,7 @@ def _describe(frame: FrameType) -> str:
 
 
 @contextmanager
-def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> Iterator[None]:
+def _watch_loop(folder: Path, report_s: float, tell: Callable[[str], None]) -> Iterator[None]:
     """A thread that reports when the loop does not turn for `report_s`: what blocks it is no task that waits."""
     loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
     is_over, has_turned = threading.Event(), threading.Event()
@@ -182,9 +188,7 @@ def _watch_loop(folder: Path, report_s: float, say: Callable[[str], None]) -> It
             if silent_s >= report_s and not is_told:
                 is_told = True
                 where = _write(folder, "stall-loop", _stacks_of_threads(loop_thread))
-                _tell(
-                    say, f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}"
-                )
+                tell(f"the event loop has not turned for {silent_s:.0f} s: something in it blocks; stacks: {where}")
 
     thread = threading.Thread(target=watch, name="loop watch", daemon=True)
     thread.start()
@@ -200,11 +204,6 @@ def _stacks_of_threads(loop_thread: int) -> str:
         f"# {'Loop' if ident == loop_thread else 'Thread'} {ident}\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in sys._current_frames().items()
     )
-
-
-def _tell(say: Callable[[str], None], line: str) -> None:
-    with suppress(OSError):  # whoever read the error stream may have left; the report is in its file
-        say(line)
 
 
 def _write(folder: Path, name: str, text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,7 +89,7 @@ class Trainer:
         self._allow = frozenset(allow)
 
     def fit(self, suite: EnvSuite) -> FitResult:
-        """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice leaves now.
+        """`afit`, run to its end. Ctrl-C once finishes the step under way, saves and leaves; twice just leaves.
 
         Raises `ConfigError` inside a running event loop.
         """
@@ -159,16 +159,15 @@ class Trainer:
             # a model that cannot be talked to is refused before anything is written or started
             renderer = open_renderer(self.model, family=config.family)
             meta = as_recorded({"model": identity_of(self.model), "suite": suite.describe(), "seed": config.seed})
-            ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta))
-            meta["model"] = identity_beside((await ledger.meta())["model"], self.model)
-            await take_over(ledger, meta, config, allow=self._allow, say=partial(self._tell, ledger))
-            self._write_config(suite)
-            checkpoints = await own.get("checkpoints", partial(self._checkpoints, ledger))
             stalls = self._stalls()
-            async with stalls.watching(), stalls.wait("the run waits to be at its last step again"):
+            async with stalls.watching():
+                ledger = await self._open_ledger(own, meta, stalls)
+                self._write_config(suite)
+                checkpoints = await own.get("checkpoints", partial(self._checkpoints, ledger))
                 learner, engine = await self._open_models(own, ledger, checkpoints, engine, stalls)
-                await ledger.use_config(config.model_dump(mode="json"))
-                next_number = await ledger.next_number()
+                async with stalls.wait("the run waits for the ledger to take its configuration"):
+                    await ledger.use_config(config.model_dump(mode="json"))
+                    next_number = await ledger.next_number()
             stalls.processes = [part for part in (learner, engine) if isinstance(part, ProcessPart)]
             async with stalls.watching():
                 policy = EnginePolicy(engine, renderer, config.sampling)
@@ -195,13 +194,21 @@ class Trainer:
                         stalls=stalls,
                     )
 
+    async def _open_ledger(self, own: Resources, meta: Mapping[str, Any], stalls: Stalls) -> Ledger:
+        async with stalls.wait("the run waits for its ledger to be checked"):
+            ledger = await own.get("ledger", partial(Ledger.open, self.run, meta=meta, tell=stalls.tell))
+        async with stalls.wait("the run waits for the ledger to be taken over"):
+            meta = {**meta, "model": identity_beside((await ledger.meta())["model"], self.model)}
+            await take_over(ledger, meta, self.config, allow=self._allow, say=partial(self._tell, ledger, stalls))
+        return ledger
+
     async def _checkpoints(self, ledger: Ledger) -> Checkpoints:
         run = (await ledger.meta())["run"]
         return await Checkpoints.open(self.run / "checkpoints", run=run, kept=self.config.num_checkpoints)
 
-    async def _tell(self, ledger: Ledger, line: str) -> None:
-        self._say(line)
+    async def _tell(self, ledger: Ledger, stalls: Stalls, line: str) -> None:
         await ledger.note(line)
+        stalls.tell(line)
 
     def _stalls(self) -> Stalls:
         return Stalls(
@@ -225,17 +232,29 @@ class Trainer:
     async def _open_models(
         self, own: Resources, ledger: Ledger, checkpoints: Checkpoints, engine: Engine | None, stalls: Stalls
     ) -> tuple[Learner, Engine]:
-        logs = self.run / "logs"
         config = self.config
+        seats: dict[str, Learner | Engine] = {}
+
+        def seat(name: str, part: Learner | Engine) -> None:
+            seats[name] = part
+            stalls.processes = [each for each in seats.values() if isinstance(each, ProcessPart)]
 
         async def open_learner(settings: LearnerConfig) -> Learner:
             async with AsyncExitStack() as unsettled:
-                learner = await self._open_learner(settings)
+                async with stalls.wait("the run waits for the learner to start"):
+                    learner = await self._open_learner(settings)
                 unsettled.push_async_callback(learner.aclose)
                 await settle_model(ledger, self.model)
                 unsettled.pop_all()
-            stalls.processes = [learner] if isinstance(learner, ProcessPart) else []
+            seat("learner", learner)
             return learner
+
+        async def start_engine() -> Engine:
+            log, settings = self.run / "logs" / "engine.log", config.engine_settings
+            async with stalls.wait("the run waits for the engine to start", facts=lambda: [f"its log is {log}"]):
+                started = await open_engine(config.engine, self.model, settings, log, version=BEFORE_FIRST_WEIGHTS)
+            seat("engine", started)
+            return started
 
         start_learner = partial(
             resume,
@@ -244,18 +263,13 @@ class Trainer:
             config.learner,
             save_every=config.save_every,
             open_learner=open_learner,
-            say=partial(self._tell, ledger),
+            say=partial(self._tell, ledger, stalls),
         )
-        start_engine = partial(
-            open_engine,
-            config.engine,
-            self.model,
-            config.engine_settings,
-            logs / "engine.log",
-            version=BEFORE_FIRST_WEIGHTS,
-        )
+        if engine is not None:
+            seat("engine", engine)
         if await ledger.last_step():  # what is made again wants the memory, and fails before a minute of engine
-            await own.get("learner", start_learner)
+            async with stalls.wait("the run waits to be at its last step again"):
+                await own.get("learner", start_learner)
         async with asyncio.TaskGroup() as tasks:
             learner = tasks.create_task(own.get("learner", start_learner))
             if engine is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -32,11 +36,11 @@ from palaestra.trainer.resume import resume
 from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers, most_groups_in_hand
 from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
-from palaestra.trainer.stalls import Stalls
+from palaestra.trainer.stalls import ProcessPart, Stalls
 from palaestra.trainer.sync import WeightSync
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Episode, Group, Outcome
-from tests.toys import WORDS, Echo, ToyEngine, ToyLearner, call, register_echo
+from tests.toys import WORDS, Chooser, Echo, ToyEngine, ToyLearner, call, pass_time, register_echo
 from tests.trainer.test_ledger import make_group
 
 register_echo()
@@ -60,6 +64,8 @@ class Run:
         self.learner = ToyLearner()
         self.records: list[StepRecord] = []
         self.notes: list[str] = []
+        self.say: Callable[[str], None] = self.notes.append
+        self.processes: list[ProcessPart] = []
         self.stop_after: int | None = None
 
     async def note(self, line: str) -> None:
@@ -113,8 +119,8 @@ class Run:
             self.stalls = Stalls(
                 folder=self.folder / "logs",
                 report_s=config.stall_report_s,
-                processes=[],
-                say=self.notes.append,
+                processes=self.processes,
+                say=self.say,
                 facts=lambda: [f"{rollouts.num_generating} episodes are running", *rollouts.describe()],
             )
             await stack.enter_async_context(self.stalls.watching())
@@ -290,10 +296,19 @@ async def test_a_wait_without_end_is_a_named_stall(tmp_path: Path, tokenizer: Pa
 
 
 async def test_a_run_that_drops_all_its_groups_says_so_at_its_end(tmp_path: Path, tokenizer: Path) -> None:
-    run = Run(tmp_path, tokenizer, config(step_timeout_s=0.5, drop_zero_variance=True))
+    run = Run(tmp_path, tokenizer, config(step_timeout_s=1000.0, drop_zero_variance=True))
     run.engine.choose = lambda prompt, seed: run.choose(prompt, 0)
-    with pytest.raises(ExceptionGroup) as caught:
-        await run.train()
+    async with run.open() as fit:
+        drop = run.ledger.drop
+
+        async def drop_late(number: int, reason: str) -> None:
+            await drop(number, reason)
+            if number == 3:
+                pass_time(1000.0)
+
+        run.ledger.drop = drop_late  # type: ignore[method-assign]
+        with pytest.raises(ExceptionGroup) as caught:
+            await fit.train()
     messages = [str(error) for error in leaves(caught.value) if isinstance(error, WorkerError)]
     found = re.search(r"(\d+) groups were dropped since the last step \((\d+) zero_variance\); ", messages[0])
     assert found is not None, messages
@@ -303,16 +318,21 @@ async def test_a_run_that_drops_all_its_groups_says_so_at_its_end(tmp_path: Path
     assert dropped["zero_variance"] in (int(found[1]), int(found[1]) + 1), "the last one may have been under way"
 
 
-class _Holding(ToyEngine):
+class Holding(ToyEngine):
     """Answers the first `num_answers` requests, and holds the others."""
 
     num_answers = 1 << 30
+
+    def __init__(self, choose: Chooser) -> None:
+        super().__init__(choose)
+        self.is_held = asyncio.Event()
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
     ) -> Completion:
         self.num_answers -= 1
         if self.num_answers < 0:
+            self.is_held.set()
             await asyncio.Event().wait()
         return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
 
@@ -320,7 +340,7 @@ class _Holding(ToyEngine):
 async def test_a_stop_in_one_step_mode_waits_for_no_rollouts(tmp_path: Path, tokenizer: Path) -> None:
     """Two batches of 8 episodes with two answers each: the second is held after 3 of its episodes."""
     first = Run(tmp_path, tokenizer, config(mode="one-step", concurrency=1))
-    first.engine = engine = _Holding(first.choose)
+    first.engine = engine = Holding(first.choose)
     engine.num_answers = 16 + 6
     async with asyncio.timeout(30), first.open() as fit, asyncio.TaskGroup() as tasks:
         training = tasks.create_task(fit.train())
@@ -337,33 +357,6 @@ async def test_a_stop_in_one_step_mode_waits_for_no_rollouts(tmp_path: Path, tok
     assert [record.step for record in second.records] == [2, 3, 4, 5, 6]
     assert [record.lag_max for record in second.records] == [1] * 5
     assert [record.num_versions for record in second.records] == [2, 1, 1, 1, 1], "the batch under way has both"
-
-
-async def test_no_wait_of_the_loop_is_without_a_name(tmp_path: Path, tokenizer: Path) -> None:
-    run = Run(tmp_path, tokenizer, config(steps=2, save_every=1))
-    called: set[str] = set()
-    unnamed: list[str] = []
-
-    def watch(owner: object, *names: str) -> None:
-        for name in names:
-            setattr(owner, name, _watched(getattr(owner, name), name))
-
-    def _watched(method: Callable[..., Awaitable[object]], name: str) -> Callable[..., Awaitable[object]]:
-        async def call(*args: object) -> object:
-            called.add(name)
-            if not run.stalls._waits:
-                unnamed.append(name)
-            return await method(*args)
-
-        return call
-
-    async with run.open() as fit:
-        watch(run.engine, "stats", "score", "load_weights")
-        watch(run.learner, "step", "publish", "save")
-        watch(run.ledger, "train", "amend", "balance", "steps")
-        await fit.train()
-    assert len(called) == 10
-    assert unnamed == []
 
 
 async def test_stopped_run_goes_on_and_trains_every_group_once(tmp_path: Path, tokenizer: Path) -> None:
@@ -450,6 +443,40 @@ def test_group_without_a_baseline_is_refused() -> None:
     equal = Group(id="0", task=group.task, episodes=tuple(sibling(k, Outcome.SCORED, 1.0) for k in range(3)))
     assert objection_to(equal, config()) is None
     assert objection_to(equal, config(drop_zero_variance=True)) == "zero_variance"
+
+
+async def test_a_start_reads_no_step_but_the_last(tmp_path: Path, tokenizer: Path) -> None:
+    await Run(tmp_path, tokenizer, config(steps=2)).train()
+    run = Run(tmp_path, tokenizer, config(steps=3))
+
+    async def read_all() -> NoReturn:
+        raise AssertionError("a long run has many")
+
+    async with run.open() as fit:
+        run.ledger.steps = read_all  # type: ignore[method-assign]
+        await fit.train()
+    assert [record.step for record in run.records] == [3]
+
+
+async def test_the_wall_clock_decides_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It jumps an hour on and two back whenever somebody looks: deadlines, lag, seconds and ledger stay as they are."""
+    settings = config(mode="sync", max_lag=0)
+    steady, jumping = (Run(tmp_path / name, tokenizer, settings, fault="brief") for name in ("0", "1"))
+    await steady.train()
+    real, jumps = time.time, itertools.cycle((3600.0, -3600.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(time.time() * 1e9))
+    await jumping.train()
+    assert jumping.notes == steady.notes == []
+    for one, other in zip(steady.learner.batches, jumping.learner.batches, strict=True):
+        assert [row.trajectory for row in one] == [row.trajectory for row in other]
+    for record in jumping.records:
+        assert all(0.0 <= seconds < 60.0 for seconds in (record.wait_s, record.learn_s, record.sync_s))
+    plays = [json.loads(record) for record, _ in read_plays(tmp_path / "1").values()]
+    assert {play["outcome"] for play in plays} == {"scored"}
+    seconds = [s for play in plays for s in (play["wall_s"], *(turn["env_s"] for turn in play["turns"]))]
+    assert all(0.0 <= each < 60.0 for each in seconds)
+    assert set(read_plays(tmp_path / "1")) >= {(number, position) for number in range(12) for position in range(4)}
 
 
 async def test_curves_go_on_where_a_killed_run_left_them(tmp_path: Path, tokenizer: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from palaestra.errors import LedgerError
+from palaestra.trainer import _ledger_store
+from palaestra.trainer import ledger as module
 from palaestra.trainer.ledger import FORMAT, Ledger, read_meta
 from palaestra.types import Episode, Group, Outcome, Task, Trajectory
 
@@ -267,3 +271,62 @@ async def test_a_folder_of_any_name_is_read_and_nothing_appears_beside_it(tmp_pa
     await (await open_ledger(run)).aclose()
     assert read_meta(run)["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+async def test_who_leaves_while_the_ledger_is_checked_waits_for_no_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_checking = threading.Event()
+
+    def check_for_ever(connection: sqlite3.Connection, path: Path) -> None:
+        is_checking.set()
+        connection.execute("WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n) SELECT MAX(k) FROM n")
+
+    await (await open_ledger(tmp_path)).aclose()
+    with monkeypatch.context() as fault:
+        fault.setattr(_ledger_store, "_look_over", check_for_ever)
+        opening = asyncio.create_task(Ledger.open(tmp_path, meta={}))
+        await asyncio.to_thread(is_checking.wait, 60)
+        opening.cancel()
+        await asyncio.wait((opening,))
+    assert opening.cancelled()
+    assert is_closed(tmp_path)
+    await (await open_ledger(tmp_path)).aclose()
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+async def test_a_check_that_takes_long_is_told_with_the_size_of_what_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    is_told, lines, look_over = threading.Event(), list[str](), _ledger_store._look_over
+
+    def check_long(connection: sqlite3.Connection, path: Path) -> None:
+        look_over(connection, path)
+        assert is_told.wait(60)
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        is_told.set()
+
+    await (await open_ledger(tmp_path)).aclose()
+    if is_long:
+        monkeypatch.setattr(module, "_LONG_S", 0.0)
+        monkeypatch.setattr(_ledger_store, "_look_over", check_long)
+    ledger = await Ledger.open(tmp_path, meta={}, tell=tell)
+    await ledger.aclose()
+    assert lines == (["checking the ledger, 0.0 GB"] if is_long else [])
+
+
+async def test_drops_that_steps_told_of_are_summed_over_all_steps(tmp_path: Path) -> None:
+    ledger = await open_ledger(tmp_path)
+    assert (await ledger.last_metrics(), await ledger.drops_told()) == ({}, {})
+    for step, dropped in enumerate(({"late": 2, "stale": 1}, {}, {"late": 1}), start=1):
+        await ledger.issue(step - 1, make_task(step - 1), 1)
+        await play(ledger, step - 1)
+        await ledger.train([step - 1], step, {"step": step, "dropped": dropped})
+    await ledger.issue(3, make_task(3), 1)
+    await play(ledger, 3)
+    await ledger.train([3], 4, {"step": 4})
+    assert await ledger.drops_told() == {"late": 3, "stale": 1}
+    assert await ledger.last_metrics() == {"step": 4}
+    await ledger.aclose()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,22 @@ async def test_a_batch_that_the_learner_refuses_is_dropped_with_its_line(tmp_pat
     assert run.records[0].dropped["refused"] == 2
     assert "are dropped (refused): step refused at version 0, weights unchanged: the loss is nan" in event[1]
     assert event[1] in run.notes
+
+
+async def test_a_batch_is_dropped_before_its_line_which_nobody_need_read(tmp_path: Path, tokenizer: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def say(line: str) -> None:
+        with closing(sqlite3.connect(f"file:{tmp_path / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
+            (dropped,) = connection.execute("SELECT COUNT(*) FROM groups WHERE reason = 'refused'").fetchone()
+            (noted,) = connection.execute("SELECT COUNT(*) FROM events WHERE line = ?", (line,)).fetchone()
+        seen.append((dropped, noted))
+        raise BrokenPipeError("nobody reads this")
+
+    run = Run(tmp_path, tokenizer, config(steps=2))
+    run.learner, run.say = ChoosyLearner(1), say
+    await run.train()
+    assert (run.learner.version, seen) == (2, [(2, 1)])
 
 
 async def test_a_learner_that_refuses_twice_in_a_row_stops_the_run_and_the_next_start_has_other_groups(

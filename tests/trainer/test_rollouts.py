@@ -21,7 +21,7 @@ from palaestra.trainer.rows import is_trainable, make_rows, objection_to
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Episode, Group, Outcome
-from tests.toys import WORDS, Chooser, Echo, ToyEngine, call, register_echo
+from tests.toys import WORDS, Chooser, Echo, ToyEngine, call, pass_time, register_echo
 
 register_echo()
 
@@ -43,6 +43,7 @@ class _Holding(ToyEngine):
         super().__init__(choose)
         self.version = 0
         self.num_left = num_quick
+        self.num_held = 0
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int], seed: int | None = None
@@ -50,6 +51,7 @@ class _Holding(ToyEngine):
         if _has_spoken(prompt):
             self.num_left -= 1
             if self.num_left < 0:
+                self.num_held += 1
                 await asyncio.Event().wait()
         return await super().generate(prompt, sampling, stop_ids=stop_ids, seed=seed)
 
@@ -97,12 +99,17 @@ class Play:
             finally:
                 await ledger.aclose()
 
-    async def first(self) -> tuple[Group, list[Episode]]:
-        """The first group, and what the ledger has of it."""
+    async def first(self, *, num_held: int | None = None) -> tuple[Group, list[Episode]]:
+        """The first group, and what the ledger has of it; late once the quick ones ended and `num_held` hang."""
         num_open = Echo.num_open
         async with self.open() as (workers, ledger):
             running = asyncio.create_task(workers.run())
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
+                if num_held is not None:
+                    while (await ledger.balance()).episodes_ended < self.num_quick or self.engine.num_held < num_held:
+                        await asyncio.sleep(0)
+                    pass_time(self.config.group_timeout_s)
+            async with asyncio.timeout(60):
                 number, group = await self.groups.get()
             running.cancel()
             await asyncio.wait((running,))
@@ -152,16 +159,16 @@ async def test_spares_are_cut_once_enough_ended_and_keep_their_turns(tmp_path: P
 
 
 async def test_a_group_at_its_deadline_goes_on_with_those_that_ended(tmp_path: Path, tokenizer: Path) -> None:
-    settings = config(group_timeout_s=0.3, num_spare=0)
-    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=2).first()
+    settings = config(num_spare=0)
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=2).first(num_held=1)
     assert outcomes(group) == ["cancelled", "scored", "scored"]
     assert {e.failure.message for e in group.episodes if e.failure} == {LATE}
     assert objection_to(group, settings) is None
 
 
 async def test_a_group_with_too_few_at_its_deadline_is_late(tmp_path: Path, tokenizer: Path) -> None:
-    settings = config(group_timeout_s=0.3)
-    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=1).first()
+    settings = config()
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=1).first(num_held=4)
     assert outcomes(group) == ["cancelled"] * 4 + ["scored"]
     assert objection_to(group, settings) == "late"
 
@@ -169,8 +176,8 @@ async def test_a_group_with_too_few_at_its_deadline_is_late(tmp_path: Path, toke
 async def test_episodes_that_wait_for_their_turn_when_the_group_is_cut_never_begin(
     tmp_path: Path, tokenizer: Path
 ) -> None:
-    settings = config(group_timeout_s=0.3, concurrency=1, num_spare=0)
-    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=0).first()
+    settings = config(concurrency=1, num_spare=0)
+    group, _ = await Play(tmp_path, tokenizer, settings, num_quick=0).first(num_held=1)
     assert outcomes(group) == ["cancelled"] * 3
     assert sorted(len(episode.turns) for episode in group.episodes) == [0, 0, 1]
     assert objection_to(group, settings) == "late"
