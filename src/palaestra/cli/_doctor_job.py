@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from palaestra.cli._options import import_modules, interruptible, parse_assignments
+from palaestra.cli._options import import_modules, interruptible, parse_assignments, run_to_end
 from palaestra.cli._tables import PlainTable, visible
 from palaestra.config import load_toml, merge, override
 from palaestra.errors import ConfigError
@@ -32,7 +31,7 @@ def examine_job(config: str, assignments: Sequence[str], imports: Sequence[str],
 
     subject = load_subject(config, assignments, imports)
     with interruptible("nothing is left running"):
-        checks = asyncio.run(examine(subject, SilentDisplay() if as_json else TerminalDisplay()))
+        checks = run_to_end(examine(subject, SilentDisplay() if as_json else TerminalDisplay()))
     has_failed = any(check.verdict is Verdict.FAILURE for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": not has_failed, "checks": [check.to_json() for check in checks]}, indent=2))

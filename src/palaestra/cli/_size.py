@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -39,7 +38,7 @@ def size(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a training job's parts and propose concurrency, micro-batch, split and mode, with the step's time."""
-    from palaestra.cli._options import interruptible, load_job
+    from palaestra.cli._options import interruptible, load_job, run_to_end
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
     from palaestra.trainer.sizing import measure, propose, write_size
 
@@ -49,7 +48,7 @@ def size(
         folder = run or job.run
         _check_places(write, folder)
         with _logs(folder) as logs:
-            measured = asyncio.run(measure(job, seconds=seconds, logs=logs, display=display))
+            measured = run_to_end(measure(job, seconds=seconds, logs=logs, display=display))
     proposal = propose(measured, job.train)
     proposed = _apply(proposal, job)
     kept = write_size(folder, job, proposed, measured, proposal) if folder is not None else None
