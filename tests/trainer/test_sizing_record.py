@@ -44,6 +44,15 @@ def test_predictions_are_kept_with_their_settings(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["measured"]["tokens_per_turn"] == 10
 
 
+def test_settings_that_move_cores_are_kept_without_a_prediction(tmp_path: Path) -> None:
+    now, proposed = (job(engine_config={"threads": n}, learner={"threads": n}) for n in (4, 1))
+    measured = measurements(num_cores=2)
+    write_size(tmp_path, now, proposed, measured, propose(measured, now.train))
+    kept = read_size(tmp_path)
+    assert kept is not None
+    assert [each.name for each in kept] == ["now"], "the speeds were measured with other threads"
+
+
 def test_a_folder_without_a_prediction_has_none(tmp_path: Path) -> None:
     assert read_size(tmp_path) is None
 

@@ -159,6 +159,7 @@ class _Bench:
             driver_s=rollouts.alone.driver_s * per_turn / rollouts.alone.tokens,
             engine_slowdown=rollouts.engine_slowdown,
             learner_slowdown=rollouts.learner_slowdown,
+            rollout_scatter=rollouts.scatter,
             num_cores=len(os.sched_getaffinity(0)),
             gpu_memory=_gpu_memory(self._config),
             cores={
