@@ -116,6 +116,20 @@ def test_missing_configuration_file(tmp_path: Path) -> None:
     assert_one_line(run("train", str(tmp_path / "none.toml")), "no such configuration file")
 
 
+JOB = 'model = "x"\n[suite.weights]\n"palaestra/ToolDesk-v0" = 1.0\n'
+
+
+@pytest.mark.parametrize(("command", "text"), [(["size"], JOB), (["doctor"], JOB), (["quickstart", "--config"], "")])
+def test_what_cannot_be_read_is_refused_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
+    assert_one_line(run(*command, "none.toml", cwd=tmp_path), "no such configuration file: none.toml")
+    (tmp_path / "none.toml").write_text(text)
+    assert "torch was imported" in run(*command, "none.toml", cwd=tmp_path).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

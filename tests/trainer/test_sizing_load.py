@@ -19,11 +19,10 @@ from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import LearnerConfig, StepReport
 from palaestra.trainer.sizing._contention import RolloutBench, Rollouts
-from palaestra.trainer.sizing._episodes import Played, Stage, play_some
+from palaestra.trainer.sizing._episodes import Played, Stage, inputs_of, play_some, prompts_of
 from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed, micro_batch_sizes, scratch_config
 from palaestra.trainer.sizing._load import Player, Watch, send_requests
 from palaestra.trainer.sizing._measured import LearnerLevel
-from palaestra.trainer.sizing._trace import inputs_of, prompts_of
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Trajectory
 from tests.toys import WORDS, Chooser, Echo, ToyEngine, ToyLearner, call, register_echo

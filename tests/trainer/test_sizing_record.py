@@ -15,11 +15,20 @@ from hypothesis import strategies as st
 
 from palaestra.errors import ConfigError
 from palaestra.trainer._proc import available_mb, cpu_seconds, descendants, machine_seconds, memory_mb
+from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.job import Job
-from palaestra.trainer.sizing import conditions_of, propose, read_size, to_toml, write_size
+from palaestra.trainer.sizing import (
+    chosen_values,
+    conditions_of,
+    propose,
+    proposed_job,
+    read_size,
+    to_toml,
+    write_size,
+)
 from palaestra.trainer.sizing._record import SIZE_FILE
 from tests.toys import register_echo
-from tests.trainer.test_sizing_model import measurements
+from tests.trainer.test_sizing_model import level, measurements
 
 register_echo()
 
@@ -78,6 +87,23 @@ def test_a_job_written_as_toml_is_the_same_job() -> None:
     }
     written = Job.parse(values).model_dump(mode="json", exclude_unset=True)
     assert Job.parse(tomllib.loads(to_toml(written))) == Job.parse(values)
+
+
+def test_what_follows_from_the_rest_is_not_written_as_if_it_were_chosen() -> None:
+    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=(level(1, 100.0), level(4, 200.0)))
+    values = {"mode": "sync", "step_timeout_s": 100.0, "group_size": 8, "groups_per_step": 4, "concurrency": 8}
+    before = job(**values)
+    proposal = propose(even, before.train)
+    after = proposed_job(before, proposal)
+    assert (after.train.mode, after.train.max_lag) == ("one-step", 1)
+    written = chosen_values(after)["train"]
+    assert not {"max_lag", "group_timeout_s"} & written.keys()
+    for mode in ("sync", "one-step", "async"):
+        GRPOConfig.parse(written | {"mode": mode})
+    chosen = job(**{**values, "mode": "async", "max_lag": 2})
+    crowded = measurements(engine_slowdown=4.0, learner_slowdown=4.0)
+    again = proposed_job(chosen, propose(crowded, chosen.train))
+    assert (again.train.mode, again.train.max_lag) == ("sync", 0), "a chosen lag goes with the mode"
 
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

@@ -213,7 +213,9 @@ def _split_changes(measured: Measurements, config: GRPOConfig) -> list[Change]:
     if measured.gpu_memory is not None:
         present = config.engine_config.gpu_memory_utilization
         share = share_of_gpu(measured.gpu_memory, now=present)
-        changes.append(Change(key=_GPU_KEY, now=present, proposed=share, why="what the learner's peak leaves, less 5 %"))
+        changes.append(
+            Change(key=_GPU_KEY, now=present, proposed=share, why="what the learner's peak leaves, less 5 %")
+        )
     return changes
 
 

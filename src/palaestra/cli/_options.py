@@ -71,13 +71,23 @@ def import_modules(names: Sequence[str]) -> None:
             raise ConfigError(f"cannot import {name!r}: {type(error).__name__}: {reason}") from error
 
 
-def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -> Job:
-    """The training job in a TOML file, after its modules and `imports` were imported; raises `ConfigError`."""
-    from palaestra.trainer.job import Job, listed_modules  # behind torch: --help must not wait for it
+def with_flags(values: dict[str, Any], assignments: Sequence[str], imports: Sequence[str]) -> dict[str, Any]:
+    """An unchecked job with its flags, after the modules that it lists and `imports` were imported."""
+    values = override(values, parse_assignments(assignments))
+    from palaestra.trainer.job import listed_modules  # takes seconds: neither --help nor a refusal waits for it
 
-    values = override(load_toml(config), parse_assignments(assignments))
     import_modules([*listed_modules(values), *imports])
-    return Job.parse(values, source=str(config))
+    return values
+
+
+def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -> Job:
+    """The training job in a TOML file, with `imports` among its modules; raises `ConfigError`."""
+    values = with_flags(load_toml(config), assignments, imports)
+    from palaestra.trainer.job import Job
+
+    job = Job.parse(values, source=str(config))
+    added = [name for name in imports if name not in job.imports]
+    return job.model_copy(update={"imports": [*job.imports, *added]}) if added else job
 
 
 @contextmanager

@@ -28,13 +28,14 @@ def quickstart(
     """Make, warm up and train a small agent in three families of environments, and judge it on held-out tasks."""
     from palaestra.cli._options import INTERRUPTED, import_modules, interruptible, parse_assignments, run_to_end
     from palaestra.config import load_toml, merge, override
+
+    values: dict[str, Any] = load_toml(config) if config is not None else {}
+    flags = {key: value for key, value in (("seed", seed), ("model", model)) if value is not None}
+    values = override(values, {**flags, **parse_assignments(assignments or ())})
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
     from palaestra.trainer.quickstart import FOR_GIVEN_MODEL, QuickstartConfig, run_quickstart
 
     import_modules(imports or ())
-    values: dict[str, Any] = load_toml(config) if config is not None else {}
-    flags = {key: value for key, value in (("seed", seed), ("model", model)) if value is not None}
-    values = override(values, {**flags, **parse_assignments(assignments or ())})
     if values.get("model") is not None:
         values = merge(FOR_GIVEN_MODEL, values)
     settings = QuickstartConfig.parse(values, source=str(config or "quickstart"))
