@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal, once and twice, in every phase of `palaestra train`; and who else may work in its folder."""
+"""What stops `palaestra train`, once and twice, in every phase; and who else may work in its folder."""
 
 from __future__ import annotations
 

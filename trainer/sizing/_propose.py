@@ -1,9 +1,10 @@
 """From measurements to a proposal: which settings, why, and what the step then takes.
 
 Rules, in order: of the modes in which the engine works as it was measured, the fastest (of equal ones that with less
-lag) if it gains 5 %, and more than the rounds of one load differed by, on a quiet machine, else the one that is set; the micro-batch that learns fastest of those
-that fit, if that gains 5 %; the fewest episode slots within 2 % of the fastest step (the knee); no more threads than
-cores. The batch stays the user's, because it decides what is learned: what another one would cost is a note.
+lag) if it gains 5 %, and more than rounds of one load differed by, and the machine was quiet, else the one that is set;
+the micro-batch that learns fastest of those that fit, if that gains 5 %; the fewest episode slots within 2 % of the
+fastest step (the knee); no more threads than cores. The batch stays the user's, because it decides what is learned:
+what another one would cost is a note.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ _ENGINE_KEYS = (
 def write_size(run: Path, job: Job, proposed: Job, measured: Measurements, proposal: Proposal) -> Path:
     """Write `size.json` into a run folder, which is made if need be; raises `ConfigError` where it cannot.
 
-    The proposed settings have no prediction in it where they move cores or memory, since speeds were measured with others.
+    What is proposed has no prediction there where it moves cores or memory: speeds were measured with others.
     """
     predictions = [("now", job, proposal.now)]
     if proposal.is_as_measured:
