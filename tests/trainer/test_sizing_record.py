@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from palaestra.trainer.sizing import (
     to_toml,
     write_size,
 )
+from palaestra.trainer.sizing._measured import LearnerLevel
 from palaestra.trainer.sizing._record import SIZE_FILE
 from tests.toys import register_echo
-from tests.trainer.test_sizing_model import level, measurements
+from tests.trainer.test_sizing_model import episode, level, measurements
 
 register_echo()
 
@@ -90,16 +92,19 @@ def test_a_job_written_as_toml_is_the_same_job() -> None:
 
 
 def test_what_follows_from_the_rest_is_not_written_as_if_it_were_chosen() -> None:
-    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=(level(1, 100.0), level(4, 200.0)))
     values = {"mode": "sync", "step_timeout_s": 100.0, "group_size": 8, "groups_per_step": 4, "concurrency": 8}
     before = job(**values)
-    proposal = propose(even, before.train)
-    after = proposed_job(before, proposal)
-    assert (after.train.mode, after.train.max_lag) == ("one-step", 1)
-    written = chosen_values(after)["train"]
-    assert not {"max_lag", "group_timeout_s"} & written.keys()
-    for mode in ("sync", "one-step", "async"):
-        GRPOConfig.parse(written | {"mode": mode})
+    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=(level(1, 100.0), level(4, 200.0)))
+    lengths = (episode(1, 10), episode(1, 10), episode(1, 10), episode(16, 160))
+    wide, quick = (level(1, 100.0), level(32, 3200.0)), (LearnerLevel(tokens=400, token_s=1e-5),)
+    uneven = replace(even, episodes=lengths, engine=wide, learner=quick)
+    for proposed, measured in (("one-step", even), ("async", uneven)):
+        after = proposed_job(before, propose(measured, before.train))
+        assert (after.train.mode, after.train.max_lag) == (proposed, 1)
+        written = chosen_values(after)["train"]
+        assert not {"max_lag", "group_timeout_s"} & written.keys()
+        for mode in ("sync", "one-step", "async"):
+            GRPOConfig.parse(written | {"mode": mode})
     chosen = job(**{**values, "mode": "async", "max_lag": 2})
     crowded = measurements(engine_slowdown=4.0, learner_slowdown=4.0)
     again = proposed_job(chosen, propose(crowded, chosen.train))
