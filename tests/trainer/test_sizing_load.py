@@ -232,6 +232,19 @@ async def test_weight_syncs_are_measured_in_their_own_seconds(tokenizer: Path) -
     assert set(engine.order[:first_sync]) == {"counts"}
 
 
+async def test_rounds_of_rollouts_that_differ_are_told_by_how_much(tokenizer: Path) -> None:
+    engine = stopping(tokenizer)
+    counts = engine.stats
+
+    async def count_and_tire() -> EngineStats:
+        if "counts" in engine.order:  # the first round has begun
+            engine.delay_s *= 2
+        return await counts()
+
+    engine.stats = count_and_tire  # type: ignore[method-assign]
+    assert (await loaded(tokenizer, engine, tokens_per_turn=1.0)).scatter > 0.3
+
+
 async def test_rollouts_without_a_turn_are_no_measurement(tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match=r"was sampled in 0\.2 s: give more time with --seconds"):
         await loaded(tokenizer, stopping(tokenizer), tokens_per_turn=1e6)
