@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run starts, trains and ends.
+"""Ctrl-C, SIGTERM and a closed terminal while a run starts, trains and ends.
 
 Invariant: while there is a step to finish, the first signal asks for that and the second leaves; before and after that
 the first one leaves. Leaving happens once: no further signal cuts short what closes processes and folders.
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
@@ -56,7 +56,9 @@ def interrupts() -> Iterator[Interrupts]:
         return
     loop = asyncio.get_running_loop()
     previous = {number: signal.getsignal(number) for number in _NUMBERS}
-    for number in _NUMBERS:
+    if previous[signal.SIGHUP] is signal.SIG_IGN:  # under nohup a closed terminal ends nothing
+        del previous[signal.SIGHUP]
+    for number in previous:
         loop.add_signal_handler(number, taken.on_signal)
     try:
         yield taken

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands import assert_one_line, run
+from tests.commands import PALAESTRA, assert_one_line, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +49,57 @@ def test_eval_keeps_episodes(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) == 3
 
 
-def test_sigterm_inside_an_episode_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ENDED_BY_A_SIGNAL = """
+import asyncio, os, sys
+from tests.toys import Echo, register_echo
+register_echo()
+async def begin(self, task):
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    try:
+        os.kill(os.getpid(), {number})
+        await child.wait()
+    except KeyboardInterrupt:
+        print("the signal broke into what ran at that moment", file=sys.stderr)
+        raise
+    finally:
+        child.kill()
+        await child.wait()
+Echo.begin = begin
+"""
+
+
+@pytest.mark.parametrize("ignored", ["", "INT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_inside_an_episode_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, ignored: str
+) -> None:
+    # a background job of a script ignores Ctrl-C from its start, and then asyncio takes no signal
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
+    (tmp_path / "my_envs.py").write_text(ENDED_BY_A_SIGNAL.format(number=number.value))
+    arguments = ["eval", "expert", "--env", "test/Echo-v0", "--import", "my_envs", "--tasks", "1"]
+    done = run_ignoring(ignored, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "palaestra: interrupted; nothing was kept\n")
+
+
+def test_a_closed_terminal_ends_nothing_under_nohup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
     (tmp_path / "my_envs.py").write_text(
-        "import os, signal\nfrom tests.toys import Echo, register_echo\nregister_echo()\n"
-        "async def begin(self, task):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return ()\nEcho.begin = begin\n"
+        "import os, signal\nfrom tests.toys import Echo, register_echo\nregister_echo()\nbegin = Echo.begin\n"
+        "def hang_up(self, task):\n    os.kill(os.getpid(), signal.SIGHUP)\n    return begin(self, task)\n"
+        "Echo.begin = hang_up\n"
     )
-    done = run("eval", "expert", "--env", "test/Echo-v0", "--import", "my_envs", "--tasks", "1", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (130, "palaestra: interrupted; nothing was kept\n")
+    arguments = ["eval", "expert", "--env", "test/Echo-v0", "--import", "my_envs", "--tasks", "1", "--json"]
+    done = run_ignoring("HUP", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["success"]["count"] == 1
+
+
+def run_ignoring(names: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that ignored these signals when it started."""
+    command = ["sh", "-c", f'trap "" {names or "USR1"}; exec "$0" "$@"', str(PALAESTRA), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=150, cwd=cwd, stdin=subprocess.DEVNULL
+    )
 
 
 def test_unknown_environment_names_the_nearest() -> None:
@@ -69,6 +114,20 @@ def test_model_folder_that_does_not_load(tmp_path: Path) -> None:
 
 def test_missing_configuration_file(tmp_path: Path) -> None:
     assert_one_line(run("train", str(tmp_path / "none.toml")), "no such configuration file")
+
+
+JOB = 'model = "x"\n[suite.weights]\n"palaestra/ToolDesk-v0" = 1.0\n'
+
+
+@pytest.mark.parametrize(("command", "text"), [(["size"], JOB), (["doctor"], JOB), (["quickstart", "--config"], "")])
+def test_what_cannot_be_read_is_refused_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], text: str
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
+    assert_one_line(run(*command, "none.toml", cwd=tmp_path), "no such configuration file: none.toml")
+    (tmp_path / "none.toml").write_text(text)
+    assert "torch was imported" in run(*command, "none.toml", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, once and twice, in every phase of `palaestra train`; and who else may work in its folder."""
+"""What stops `palaestra train`, once and twice, in every phase; and who else may work in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.jobs import Ended, Job, check_plays, check_whole, last_step
 
-SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+SIGINT, SIGTERM, SIGHUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 FINISHING = "stopping after this step; once more to leave now"
 LEFT = "palaestra: interrupted; the same command goes on from the last checkpoint"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -61,7 +61,7 @@ def test_once_finishes_the_step_and_saves_and_twice_leaves_at_once(job: Job) -> 
 def test_before_there_is_a_step_to_finish_once_leaves(job: Job) -> None:
     for gate, number in (("import", SIGTERM), ("publish", SIGINT)):
         assert hit(job, gate, number, is_training=False).lines == [LEFT]
-    assert hit(job, "step", SIGINT).lines == [FINISHING]
+    assert hit(job, "step", SIGHUP).lines == [FINISHING]
     shutil.rmtree(job.run / "checkpoints")
     lines = hit(job, "step", SIGTERM, is_training=False).lines
     assert lines == [

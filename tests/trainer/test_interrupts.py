@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
 import sys
 
 import pytest
 
-from palaestra.trainer._interrupts import Interrupts
+from palaestra.trainer._interrupts import Interrupts, interrupts
 
 
 class _NobodyReads(io.StringIO):
@@ -40,3 +42,18 @@ async def test_an_error_stream_that_nobody_reads_hinders_no_stop(monkeypatch: py
     with taken.finishing(lambda: asked.append("stop")):
         taken.on_signal()
     assert asked == ["stop"]
+
+
+async def test_a_closed_terminal_asks_too_unless_it_is_ignored() -> None:
+    former = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        asked = asyncio.Event()
+        with interrupts() as taken, taken.finishing(asked.set):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.wait_for(asked.wait(), 60)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with interrupts():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)

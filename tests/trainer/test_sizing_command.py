@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from palaestra.cli._options import load_job
 from palaestra.trainer._proc import descendants
+from palaestra.trainer.sizing import chosen_values
 from palaestra.trainer.tiny import TinyModelConfig, make_model, make_tokenizer
 from tests.commands import PALAESTRA, assert_one_line, run
 from tests.toys import WORDS
@@ -94,10 +97,18 @@ def test_a_job_is_measured_proposed_trained_and_compared(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["start", "task"])
+@pytest.mark.parametrize(
+    ("number", "moment", "flags"),
+    [
+        (signal.SIGINT, "start", []),
+        (signal.SIGTERM, "start", ["--run", "runs/new"]),
+        (signal.SIGINT, "task", ["--run", "runs/new"]),
+        (signal.SIGTERM, "task", []),
+        (signal.SIGHUP, "task", []),
+    ],
+)
 def test_signals_leave_nothing_behind(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, moment: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, moment: str, flags: list[str]
 ) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -105,7 +116,7 @@ def test_signals_leave_nothing_behind(
         (folder / "my_envs.py").write_text(MODULE_OF_A_USER + SIGNAL.format(number=number.value))
     monkeypatch.setenv("TMPDIR", str(temporary))
     make_small_model(folder / "model")
-    command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60"]
+    command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60", *flags]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         logs = wait_for(temporary, "palaestra-size-*/size-engine.log")
         if moment == "start":
@@ -119,8 +130,10 @@ def test_signals_leave_nothing_behind(
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_is_one_line_by_name(folder: Path) -> None:
+def test_an_engine_that_dies_is_one_line_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small_model(folder / "model")
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    (folder / "tmp").mkdir()
     command = [str(PALAESTRA), "size", "job.toml", "--seconds", "60", "--json", "--run", "kept"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         os.kill(find_child(process.pid, "_transformers_worker:build"), signal.SIGKILL)
@@ -128,8 +141,9 @@ def test_an_engine_that_dies_is_one_line_by_name(folder: Path) -> None:
     assert process.returncode == 1, said
     assert len(said.splitlines()) == 1
     assert said.startswith("palaestra: transformers engine was killed by SIGKILL")
-    assert "kept/logs/size-engine.log" in said
-    assert not (folder / "kept" / "size.json").exists()
+    (log,) = re.findall(r"see (\S+/palaestra-size-\w+/size-engine\.log)", said)
+    assert Path(log).is_file(), "an error names it, so it stays"
+    assert not (folder / "kept").exists()
 
 
 def find_child(parent: int, target: str) -> int:
@@ -179,6 +193,15 @@ def test_an_environment_without_its_parts_is_one_line(folder: Path, monkeypatch:
 def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(folder: Path, flag: str) -> None:
     make_small_model(folder / "model")
     assert_one_line(run("size", "job.toml", flag, "job.toml/new/place", cwd=folder), "job.toml/new/place", flag)
+
+
+def test_modules_of_flags_are_modules_of_the_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "more_envs.py").write_text("")
+    monkeypatch.syspath_prepend(folder)
+    for flags in (["more_envs"], ["more_envs", "my_envs"]):
+        job = load_job(folder / "job.toml", (), flags)
+        assert chosen_values(job)["imports"] == ["my_envs", "more_envs"], "so that the written job knows them"
 
 
 def test_a_file_that_is_there_is_not_replaced(folder: Path) -> None:

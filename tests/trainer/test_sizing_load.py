@@ -19,11 +19,10 @@ from palaestra.trainer.batch import TrainRow
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.learner import LearnerConfig, StepReport
 from palaestra.trainer.sizing._contention import RolloutBench, Rollouts
-from palaestra.trainer.sizing._episodes import Played, Stage, play_some
+from palaestra.trainer.sizing._episodes import Played, Stage, inputs_of, play_some, prompts_of
 from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed, micro_batch_sizes, scratch_config
 from palaestra.trainer.sizing._load import Player, Watch, send_requests
 from palaestra.trainer.sizing._measured import LearnerLevel
-from palaestra.trainer.sizing._trace import inputs_of, prompts_of
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Trajectory
 from tests.toys import WORDS, Chooser, Echo, ToyEngine, ToyLearner, call, register_echo
@@ -231,6 +230,19 @@ async def test_weight_syncs_are_measured_in_their_own_seconds(tokenizer: Path) -
         "two rounds alone and two beside the learner are over"
     )
     assert set(engine.order[:first_sync]) == {"counts"}
+
+
+async def test_rounds_of_rollouts_that_differ_are_told_by_how_much(tokenizer: Path) -> None:
+    engine = stopping(tokenizer)
+    counts = engine.stats
+
+    async def count_and_tire() -> EngineStats:
+        if "counts" in engine.order:  # the first round has begun
+            engine.delay_s *= 2
+        return await counts()
+
+    engine.stats = count_and_tire  # type: ignore[method-assign]
+    assert (await loaded(tokenizer, engine, tokens_per_turn=1.0)).scatter > 0.3
 
 
 async def test_rollouts_without_a_turn_are_no_measurement(tokenizer: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,23 @@ def test_no_more_slots_than_episodes_are_issued() -> None:
     assert alone.by_mode["sync"][0].concurrency == 32
 
 
+@pytest.mark.parametrize("rates", [{1: 100.0, 4: 380.0, 16: 400.0}, {1: 50.0, 4: 150.0, 16: 400.0, 64: 405.0}])
+@pytest.mark.parametrize("env_s", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("concurrency", [8, 32, 64])
+def test_a_reason_for_fewer_slots_agrees_with_its_figures(
+    rates: Mapping[int, float], env_s: float, concurrency: int
+) -> None:
+    learner = (LearnerLevel(tokens=400, token_s=1e-5),)
+    measured = measurements(engine=levels(rates), learner=learner, episodes=(episode(env_s=env_s),))
+    proposal = propose(measured, config(concurrency=concurrency))
+    change = next(change for change in proposal.changes if change.key == "train.concurrency")
+    assert "nothing" not in change.why
+    if change.proposed < concurrency:
+        before, after = (float(figure) for figure in re.findall(r"(\d+\.\d+) s", change.why))
+        assert change.why.startswith("more slots gain under 2%")
+        assert before >= after / 1.02 - 0.01, "to two decimals"
+
+
 def test_the_batch_stays_the_users() -> None:
     proposal = propose(measurements(), config())
     assert row(proposal, "train.group_size") == (8, 8)
@@ -120,6 +138,22 @@ def test_the_mode_changes_only_for_a_gain() -> None:
     )
     assert "train.mode" not in propose(crowded, config(mode="sync")).assignments
     assert propose(crowded, config()).assignments["train.mode"] == "sync"
+
+
+@pytest.mark.parametrize(("worst", "rollout_scatter"), [(120.0, 0.0), (200.0, 0.4)])
+def test_the_mode_changes_only_for_more_than_the_rounds_differ_by(worst: float, rollout_scatter: float) -> None:
+    def proposed(worst: float, rollout_scatter: float) -> Proposal:
+        engine = levels_of({1: [100.0, 100.0], 4: [200.0, worst]})
+        quiet = measurements(sync_s=2.0, busy_sync_s=2.0, engine=engine, rollout_scatter=rollout_scatter)
+        return propose(quiet, config(mode="sync"))
+
+    steady, unsteady = proposed(200.0, 0.0), proposed(worst, rollout_scatter)
+    gain = 1 - steady.by_mode["one-step"][1].step_s / steady.by_mode["sync"][1].step_s
+    assert 0.05 < gain < 0.4
+    assert "train.mode" in steady.assignments
+    assert not any("rounds of one load" in note for note in steady.notes)
+    assert "train.mode" not in unsteady.assignments
+    assert any("rounds of one load differed by up to 40%" in note for note in unsteady.notes)
 
 
 def test_no_other_mode_is_proposed_where_other_work_ran() -> None:
@@ -185,6 +219,25 @@ def test_threads_fit_the_cores(threads: tuple[int, int], num_cores: int, expecte
     assert split_cores(*threads, num_cores=num_cores) == expected
 
 
+def test_times_of_another_split_are_said_to_be_for_the_present_one() -> None:
+    def proposed(threads: int, **changes: object) -> Proposal:
+        learner = {"max_micro_batch_tokens": 400, "threads": threads}
+        engine = {"max_num_seqs": 16, "threads": threads, **changes}
+        return propose(measurements(num_cores=2), config(engine_config=engine, learner=learner))
+
+    crowded = proposed(4)
+    assert not crowded.is_as_measured
+    threads = "train.engine_config.threads and train.learner.threads"
+    assert any(f"all times are for the present {threads}" in note for note in crowded.notes)
+    fitting = proposed(1)
+    assert fitting.is_as_measured
+    assert not any("all times are for" in note for note in fitting.notes)
+    full = measurements(gpu_memory=GpuMemory(total_mb=100_000.0, free_mb=30_000.0))
+    shared = propose(full, config(engine_config={"gpu_memory_utilization": 0.5}))
+    assert not shared.is_as_measured
+    assert any("present train.engine_config.gpu_memory_utilization:" in note for note in shared.notes)
+
+
 @pytest.mark.parametrize(
     ("free_mb", "share"),
     # at a share of 0.5 with 10 % free the learner held 40 %: with a margin of 5 % that leaves 55 %
@@ -201,13 +254,15 @@ def test_a_crowded_gpu_takes_from_the_engine() -> None:
 
 
 def test_an_engine_that_still_gets_faster_is_a_note() -> None:
-    def is_noted(last: Sequence[float], **changes: object) -> bool:
-        measured = measurements(engine=levels_of({1: [100.0], 4: [250.0, 300.0], 16: last}))
+    def is_noted(last: Sequence[float], learner_token_s: float = 1e-6, **changes: object) -> bool:
+        learner = (LearnerLevel(tokens=400, token_s=learner_token_s),)
+        measured = measurements(engine=levels_of({1: [100.0], 4: [250.0, 300.0], 16: last}), learner=learner)
         return any("raise max_num_seqs" in note for note in propose(measured, config(**changes)).notes)
 
     assert is_noted([900.0, 850.0])
     assert not is_noted([320.0, 900.0]), "the gain is within what the rounds differ by"
     assert not is_noted([900.0, 850.0], groups_per_step=1, mode="sync"), "8 episodes never make 16 requests"
+    assert not is_noted([900.0, 850.0], learner_token_s=0.001), "learning takes longer, so fewer slots are proposed"
 
 
 def test_a_level_without_a_token_is_none() -> None:

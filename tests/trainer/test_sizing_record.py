@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ from hypothesis import strategies as st
 
 from palaestra.errors import ConfigError
 from palaestra.trainer._proc import available_mb, cpu_seconds, descendants, machine_seconds, memory_mb
+from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.job import Job
-from palaestra.trainer.sizing import conditions_of, propose, read_size, to_toml, write_size
+from palaestra.trainer.sizing import (
+    chosen_values,
+    conditions_of,
+    propose,
+    proposed_job,
+    read_size,
+    to_toml,
+    write_size,
+)
+from palaestra.trainer.sizing._measured import LearnerLevel
 from palaestra.trainer.sizing._record import SIZE_FILE
 from tests.toys import register_echo
-from tests.trainer.test_sizing_model import measurements
+from tests.trainer.test_sizing_model import episode, level, measurements
 
 register_echo()
 
@@ -42,6 +53,15 @@ def test_predictions_are_kept_with_their_settings(tmp_path: Path) -> None:
         assert each.conditions == conditions_of("some/hub-name", settings.suite.build().describe(), settings.train)
     assert kept[0].conditions != kept[1].conditions
     assert json.loads(path.read_text())["measured"]["tokens_per_turn"] == 10
+
+
+def test_settings_that_move_cores_are_kept_without_a_prediction(tmp_path: Path) -> None:
+    now, proposed = (job(engine_config={"threads": n}, learner={"threads": n}) for n in (4, 1))
+    measured = measurements(num_cores=2)
+    write_size(tmp_path, now, proposed, measured, propose(measured, now.train))
+    kept = read_size(tmp_path)
+    assert kept is not None
+    assert [each.name for each in kept] == ["now"], "the speeds were measured with other threads"
 
 
 def test_a_folder_without_a_prediction_has_none(tmp_path: Path) -> None:
@@ -69,6 +89,26 @@ def test_a_job_written_as_toml_is_the_same_job() -> None:
     }
     written = Job.parse(values).model_dump(mode="json", exclude_unset=True)
     assert Job.parse(tomllib.loads(to_toml(written))) == Job.parse(values)
+
+
+def test_what_follows_from_the_rest_is_not_written_as_if_it_were_chosen() -> None:
+    values = {"mode": "sync", "step_timeout_s": 100.0, "group_size": 8, "groups_per_step": 4, "concurrency": 8}
+    before = job(**values)
+    even = measurements(sync_s=0.0, busy_sync_s=0.0, engine=(level(1, 100.0), level(4, 200.0)))
+    lengths = (episode(1, 10), episode(1, 10), episode(1, 10), episode(16, 160))
+    wide, quick = (level(1, 100.0), level(32, 3200.0)), (LearnerLevel(tokens=400, token_s=1e-5),)
+    uneven = replace(even, episodes=lengths, engine=wide, learner=quick)
+    for proposed, measured in (("one-step", even), ("async", uneven)):
+        after = proposed_job(before, propose(measured, before.train))
+        assert (after.train.mode, after.train.max_lag) == (proposed, 1)
+        written = chosen_values(after)["train"]
+        assert not {"max_lag", "group_timeout_s"} & written.keys()
+        for mode in ("sync", "one-step", "async"):
+            GRPOConfig.parse(written | {"mode": mode})
+    chosen = job(**{**values, "mode": "async", "max_lag": 2})
+    crowded = measurements(engine_slowdown=4.0, learner_slowdown=4.0)
+    again = proposed_job(chosen, propose(crowded, chosen.train))
+    assert (again.train.mode, again.train.max_lag) == ("sync", 0), "a chosen lag goes with the mode"
 
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

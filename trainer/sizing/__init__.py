@@ -3,6 +3,7 @@
 The step is predicted from what the parts did alone and together (`_model.py`), never from a table of hardware.
 """
 
+from palaestra.trainer.sizing._job import chosen_values, proposed_job
 from palaestra.trainer.sizing._measure import measure
 from palaestra.trainer.sizing._measured import Measurements
 from palaestra.trainer.sizing._model import Prediction
@@ -15,9 +16,11 @@ __all__ = [
     "PredictedSettings",
     "Prediction",
     "Proposal",
+    "chosen_values",
     "conditions_of",
     "measure",
     "propose",
+    "proposed_job",
     "read_size",
     "to_toml",
     "write_size",

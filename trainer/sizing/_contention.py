@@ -13,6 +13,7 @@ from statistics import median
 from palaestra.errors import ConfigError
 from palaestra.trainer.sizing._learner_speed import LearnerBench, LearnerSpeed
 from palaestra.trainer.sizing._load import Player, Watch, Watched
+from palaestra.trainer.sizing._measured import scatter_of
 
 _NUM_ROUNDS = 2
 _SHORT_STEP_SHARE = 0.25
@@ -21,12 +22,16 @@ _SHORT_STEP_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """Rollouts alone and beside a learner, how much slower its steps were then, and a weight sync during rollouts."""
+    """Rollouts alone and beside a learner, how much slower its steps were then, and a weight sync during rollouts.
+
+    `scatter` is by how much the rounds of either load differed.
+    """
 
     alone: Watched
     together: Watched
     learner_slowdown: float
     sync_s: float
+    scatter: float
 
     @property
     def engine_slowdown(self) -> float:
@@ -82,6 +87,7 @@ class RolloutBench:
             together=fastest[1],
             learner_slowdown=max(1.0, min(map(median, steps_s)) / speed.step_s(level)),
             sync_s=median(syncs_s),
+            scatter=max(scatter_of([each.tokens_per_s for each in rounds]) for rounds in (alone, together)),
         )
 
     async def _play_beside(self, work: Callable[[], Awaitable[float]], seconds: float) -> tuple[Watched, list[float]]:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from palaestra.agents import Renderer
 from palaestra.envs import EnvSuite
 from palaestra.errors import ConfigError, TaskError, WorkerError
@@ -17,7 +19,6 @@ from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.demonstrations import collect, tokenize
 from palaestra.trainer.sizing._load import Player, Watch
 from palaestra.trainer.sizing._measured import EpisodeWork
-from palaestra.trainer.sizing._trace import inputs_of
 from palaestra.types import Episode, Trajectory
 
 _FEW_SLOTS = 4
@@ -96,6 +97,18 @@ def _work_of(episodes: Sequence[Episode], trajectories: Sequence[Trajectory]) ->
         )
         for episode, trajectory in zip(episodes, trajectories, strict=True)
     )
+
+
+def prompts_of(trajectory: Trajectory) -> list[list[int]]:
+    """The prompt of each turn, in order: everything before the tokens that were sampled for it."""
+    mask = trajectory.loss_mask
+    starts = np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+    return [trajectory.ids[:start].tolist() for start in starts]
+
+
+def inputs_of(trajectory: Trajectory) -> int:
+    """Tokens that go through the learner: all before the last sampled one, which only is predicted."""
+    return int(np.flatnonzero(trajectory.loss_mask)[-1])
 
 
 def doubts(episodes: Sequence[Episode]) -> list[str]:

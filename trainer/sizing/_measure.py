@@ -30,12 +30,11 @@ from palaestra.trainer.job import Job
 from palaestra.trainer.learner import LocalLearner
 from palaestra.trainer.progress import Bar, Display
 from palaestra.trainer.sizing._contention import RolloutBench
-from palaestra.trainer.sizing._episodes import Played, Stage, play_some
+from palaestra.trainer.sizing._episodes import Played, Stage, play_some, prompts_of
 from palaestra.trainer.sizing._learner_speed import LearnerBench, scratch_config
 from palaestra.trainer.sizing._load import EngineProcess, LearnerProcess, Player, Watch, Watched, send_requests
 from palaestra.trainer.sizing._measured import EngineLevel, GpuMemory, Measurements, tokens_per_turn
 from palaestra.trainer.sizing._model import episode_flow, setting_of
-from palaestra.trainer.sizing._trace import prompts_of
 from palaestra.trainer.sync import WeightSync
 
 _PLAY, _ENGINE, _LEARNER, _ROLLOUTS = 0.25, 0.3, 0.15, 0.3
@@ -159,6 +158,7 @@ class _Bench:
             driver_s=rollouts.alone.driver_s * per_turn / rollouts.alone.tokens,
             engine_slowdown=rollouts.engine_slowdown,
             learner_slowdown=rollouts.learner_slowdown,
+            rollout_scatter=rollouts.scatter,
             num_cores=len(os.sched_getaffinity(0)),
             gpu_memory=_gpu_memory(self._config),
             cores={

@@ -64,7 +64,8 @@ class Measurements:
     update costs beside its tokens. `busy_sync_s` is a weight sync while episodes are played, `sync_s` one while the
     engine has nothing to do. `driver_s` are processor seconds of this process for each turn. `overhead` is how much
     longer real rollouts took than the queueing model says; the slowdowns are how much slower engine and learner were at
-    the same time than alone. `cores` are the cores in use by phase and process.
+    the same time than alone. `rollout_scatter` is by how much rounds of the same rollouts differed. `cores` are the
+    cores in use by phase and process.
     """
 
     player: Literal["model", "expert"]
@@ -77,6 +78,7 @@ class Measurements:
     busy_sync_s: float
     driver_s: float = 0.0
     overhead: float = 1.0
+    rollout_scatter: float = 0.0
     engine_slowdown: float = 1.0
     learner_slowdown: float = 1.0
     num_cores: int = 1
@@ -100,6 +102,12 @@ class Measurements:
         return math.fsum(e.env_s for e in self.episodes) / math.fsum(e.num_turns for e in self.episodes)
 
     @property
+    def scatter(self) -> float:
+        """Most by which a round of one load, of engine or rollouts, was slower than the best: a share of that one."""
+        engine = (scatter_of((level.tokens_per_s, level.worst_tokens_per_s)) for level in self.engine)
+        return max(*engine, self.rollout_scatter)
+
+    @property
     def other_cores(self) -> float:
         """Most cores that other work used in any phase."""
         return max((used.get("others", 0.0) for used in self.cores.values()), default=0.0)
@@ -114,8 +122,13 @@ class Measurements:
         values = asdict(self)
         values["episodes"] = len(self.episodes)
         values["engine"] = [asdict(level) | {"token_s": level.token_s} for level in self.engine]
-        means = ("turns_per_episode", "tokens_per_turn", "env_s_per_turn")
-        return values | {name: getattr(self, name) for name in means}
+        derived = ("turns_per_episode", "tokens_per_turn", "env_s_per_turn", "scatter")
+        return values | {name: getattr(self, name) for name in derived}
+
+
+def scatter_of(rates: Sequence[float]) -> float:
+    """How much slower the slowest of some rounds was than the fastest, as a share of the fastest."""
+    return 1.0 - min(rates) / max(rates)
 
 
 def tokens_per_turn(episodes: Sequence[EpisodeWork]) -> float:

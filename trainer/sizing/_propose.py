@@ -1,9 +1,10 @@
 """From measurements to a proposal: which settings, why, and what the step then takes.
 
 Rules, in order: of the modes in which the engine works as it was measured, the fastest (of equal ones that with less
-lag) if it gains 5 % and the machine was quiet, else the one that is set; the micro-batch that learns fastest of those
-that fit, if that gains 5 %; the fewest episode slots within 2 % of the fastest step (the knee); no more threads than
-cores. The batch stays the user's, because it decides what is learned: what another one would cost is a note.
+lag) if it gains 5 %, and more than rounds of one load differed by, and the machine was quiet, else the one that is set;
+the micro-batch that learns fastest of those that fit, if that gains 5 %; the fewest episode slots within 2 % of the
+fastest step (the knee); no more threads than cores. The batch stays the user's, because it decides what is learned:
+what another one would cost is a note.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ _WORTH_A_MODE = 0.05
 _WORTH_A_SIZE = 0.05
 _WORTH_A_SLOT = 0.02
 _STILL_RISING = 1.1
+_LEAST_SCATTER = 0.01
 _IDLE_ENGINE = 0.6
 _CHEAP_DOUBLING = 1.7
+
+_GPU_KEY = "train.engine_config.gpu_memory_utilization"
+_THREAD_KEYS = ("train.engine_config.threads", "train.learner.threads")
+_SPLIT_KEYS = (*_THREAD_KEYS, _GPU_KEY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,11 @@ class Proposal:
         """The keys that change, dotted, with their new values."""
         return {change.key: change.proposed for change in self.changes if change.proposed != change.now}
 
+    @property
+    def is_as_measured(self) -> bool:
+        """Whether engine and learner keep the cores and the memory with which they were measured."""
+        return not self.assignments.keys() & set(_SPLIT_KEYS)
+
 
 def propose(measured: Measurements, config: GRPOConfig) -> Proposal:
     """A proposal for `config`, on whose parts the measurements were made."""
@@ -63,13 +74,14 @@ def propose(measured: Measurements, config: GRPOConfig) -> Proposal:
     by_mode = {mode: _best(measured, setting) for mode, setting in modes.items() if _is_measured(mode, config)}
     chosen, proposed = _choose_mode(measured, now, by_mode)
     now_step = predict(measured, now)
+    split = _split_changes(measured, config)
     changes = [
         *_mode_changes(now, chosen, by_mode),
         _concurrency_change(measured, now, chosen),
         *_request_changes(config, chosen),
         *_batch_rows(now),
         _micro_batch_change(measured, now, chosen),
-        *_split_changes(measured, config),
+        *split,
     ]
     return Proposal(
         changes=tuple(changes),
@@ -79,6 +91,7 @@ def propose(measured: Measurements, config: GRPOConfig) -> Proposal:
         notes=(
             *measured.notes,
             *_limits(measured, config, [mode for mode in modes if mode not in by_mode]),
+            *_unknown_split(split),
             *_hints(measured, config, chosen, proposed),
         ),
     )
@@ -136,7 +149,8 @@ def _choose_mode(
 ) -> tuple[Setting, Prediction]:
     fastest = min(by_mode.values(), key=lambda best: best[1].step_s)
     kept = by_mode[now.mode]
-    is_worth_it = kept[1].step_s > (1 + _WORTH_A_MODE) * fastest[1].step_s
+    least = max(_WORTH_A_MODE, measured.scatter)
+    is_worth_it = fastest[1].step_s < (1 - least) * kept[1].step_s
     return fastest if is_worth_it and not measured.is_disturbed else kept
 
 
@@ -153,10 +167,11 @@ def _concurrency_change(measured: Measurements, now: Setting, chosen: Setting) -
     after = predict(measured, chosen).step_s
     if chosen.concurrency == now.concurrency:
         why = "at the knee"
-    elif now.concurrency > chosen.most_slots:
+    elif chosen.concurrency == chosen.most_slots < now.concurrency:
         why = f"no more than {chosen.most_slots} episodes are issued at a time"
     elif chosen.concurrency < now.concurrency:
-        why = f"more slots gain nothing: {now.concurrency} would take {before:.2f} s a step, {after:.2f} s here"
+        gain = f"more slots gain under {_WORTH_A_SLOT:.0%}"
+        why = f"{gain}: {now.concurrency} would take {before:.2f} s a step, {after:.2f} s here"
     else:
         why = f"the knee: {after:.2f} s a step instead of {before:.2f} s"
     return Change(key="train.concurrency", now=now.concurrency, proposed=chosen.concurrency, why=why)
@@ -192,15 +207,16 @@ def _micro_batch_change(measured: Measurements, now: Setting, chosen: Setting) -
 
 
 def _split_changes(measured: Measurements, config: GRPOConfig) -> list[Change]:
-    keys = ("train.engine_config.threads", "train.learner.threads")
     now = (config.engine_config.threads, config.learner.threads)
     split = split_cores(*now, num_cores=measured.num_cores)
     why = "fits the cores" if split == now else f"together more than {measured.num_cores} cores"
-    changes = [Change(key=key, now=a, proposed=b, why=why) for key, a, b in zip(keys, now, split, strict=True)]
+    changes = [Change(key=key, now=a, proposed=b, why=why) for key, a, b in zip(_THREAD_KEYS, now, split, strict=True)]
     if measured.gpu_memory is not None:
-        key, present = "train.engine_config.gpu_memory_utilization", config.engine_config.gpu_memory_utilization
+        present = config.engine_config.gpu_memory_utilization
         share = share_of_gpu(measured.gpu_memory, now=present)
-        changes.append(Change(key=key, now=present, proposed=share, why="what the learner's peak leaves, less 5 %"))
+        changes.append(
+            Change(key=_GPU_KEY, now=present, proposed=share, why="what the learner's peak leaves, less 5 %")
+        )
     return changes
 
 
@@ -230,6 +246,11 @@ def _limits(measured: Measurements, config: GRPOConfig, apart: Sequence[str]) ->
             f"other work used up to {measured.other_cores:.1f} cores: the prediction is for a machine as busy as this "
             "one was, and no other mode is proposed"
         )
+    if measured.scatter >= _LEAST_SCATTER:
+        notes.append(
+            f"rounds of one load differed by up to {measured.scatter:.0%}: the predicted seconds are no surer than "
+            "that, and no other mode is proposed for less; --seconds measures longer"
+        )
     if apart:
         notes.append(
             f"{' and '.join(apart)}: the engine works otherwise there (batch_invariant) than it was measured; measure "
@@ -242,11 +263,19 @@ def _limits(measured: Measurements, config: GRPOConfig, apart: Sequence[str]) ->
     return notes
 
 
+def _unknown_split(split: Sequence[Change]) -> list[str]:
+    """That no time is predicted for cores and memory which the parts did not have."""
+    changed = [change.key for change in split if change.proposed != change.now]
+    if not changed:
+        return []
+    return [f"all times are for the present {' and '.join(changed)}: measure again with the proposed"]
+
+
 def _hints(measured: Measurements, config: GRPOConfig, chosen: Setting, step: Prediction) -> list[str]:
     """What could be tried, but is not proposed."""
     notes = []
     limit = config.engine_config.max_num_seqs
-    if _is_still_rising(measured) and chosen.most_slots > limit:
+    if _is_still_rising(measured) and limit <= chosen.concurrency and limit < chosen.most_slots:
         notes.append(f"the engine still gets faster at {limit} requests: raise max_num_seqs and measure again")
     fastest = max(level.tokens_per_s for level in measured.engine)
     used = step.tokens / fastest / step.step_s

@@ -75,8 +75,13 @@ _ENGINE_KEYS = (
 
 
 def write_size(run: Path, job: Job, proposed: Job, measured: Measurements, proposal: Proposal) -> Path:
-    """Write `size.json` into a run folder, which is made if need be; raises `ConfigError` where it cannot."""
-    predictions = (("now", job, proposal.now), ("proposed", proposed, proposal.proposed))
+    """Write `size.json` into a run folder, which is made if need be; raises `ConfigError` where it cannot.
+
+    What is proposed has no prediction there where it moves cores or memory: speeds were measured with others.
+    """
+    predictions = [("now", job, proposal.now)]
+    if proposal.is_as_measured:
+        predictions.append(("proposed", proposed, proposal.proposed))
     values = {
         "format": _FORMAT,
         "predictions": [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from palaestra.cli._options import import_modules, interruptible, parse_assignments
+from palaestra.cli._options import interruptible, run_to_end, with_flags
 from palaestra.cli._tables import PlainTable, visible
-from palaestra.config import load_toml, merge, override
+from palaestra.config import load_toml, merge
 from palaestra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +26,12 @@ _RUN_RECORD = "config.json"
 
 def examine_job(config: str, assignments: Sequence[str], imports: Sequence[str], *, as_json: bool) -> None:
     """Print a row for each check of a job; exit code 2 when one fails."""
+    subject = load_subject(config, assignments, imports)
     from palaestra.trainer.doctor import Verdict, examine
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
 
-    subject = load_subject(config, assignments, imports)
     with interruptible("nothing is left running"):
-        checks = asyncio.run(examine(subject, SilentDisplay() if as_json else TerminalDisplay()))
+        checks = run_to_end(examine(subject, SilentDisplay() if as_json else TerminalDisplay()))
     has_failed = any(check.verdict is Verdict.FAILURE for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": not has_failed, "checks": [check.to_json() for check in checks]}, indent=2))
@@ -44,13 +43,12 @@ def examine_job(config: str, assignments: Sequence[str], imports: Sequence[str],
 
 def load_subject(config: str, assignments: Sequence[str], imports: Sequence[str]) -> Subject:
     """The job that `config` names: a TOML file, a run folder, or `quickstart`; raises `ConfigError`."""
-    from palaestra.trainer.doctor import Subject  # behind pydantic models of the trainer: --help must not wait
-    from palaestra.trainer.job import Job, listed_modules
+    is_record = Path(config).is_dir()
+    values = with_flags(_read(config), assignments, imports)
+    from palaestra.trainer.doctor import Subject
+    from palaestra.trainer.job import Job
     from palaestra.trainer.quickstart import FOR_GIVEN_MODEL, QuickstartConfig
 
-    is_record = Path(config).is_dir()
-    values = override(_read(config), parse_assignments(assignments))
-    import_modules([*listed_modules(values), *imports])
     if not _is_quickstart(config, values, set(QuickstartConfig.model_fields) - set(Job.model_fields)):
         return Subject.of_job(Job.parse(values, source=config), is_resolved=is_record)
     if values.get("model") is not None and not is_record:

@@ -45,9 +45,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a policy on held-out tasks."""
-    from palaestra.agents import Sampling
-    from palaestra.agents import evaluate as run_evaluation
-    from palaestra.cli._options import import_modules, interruptible, parse_weights
+    from palaestra.agents import Sampling, aevaluate
+    from palaestra.cli._options import import_modules, interruptible, parse_weights, run_to_end
     from palaestra.envs import EnvSuite
     from palaestra.records import write_episodes
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
@@ -60,7 +59,7 @@ def evaluate(
     )
     display = SilentDisplay() if as_json else TerminalDisplay()
     with interruptible("nothing was kept"), display.bar(f"evaluating {player.name}", tasks * samples) as bar:
-        report = run_evaluation(
+        playing = aevaluate(
             player,
             suite,
             tasks=tasks,
@@ -69,6 +68,7 @@ def evaluate(
             seed=seed,
             on_episode=lambda episode: bar.advance(),
         )
+        report = run_to_end(playing)
     if out is not None:
         write_episodes(out, report.episodes)
     _show(report, as_json)

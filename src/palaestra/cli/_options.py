@@ -1,4 +1,4 @@
-"""Flags shared by commands: assignments, environments with weights."""
+"""What commands share: assignments, environments with weights, modules and jobs, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -23,8 +23,12 @@ from palaestra.errors import ConfigError, leaves
 if TYPE_CHECKING:
     from palaestra.trainer.job import Job
 
+ResultT = TypeVar("ResultT")
+
 INTERRUPTED = 130
 """Exit code of a command that its user stopped."""
+
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -67,20 +71,30 @@ def import_modules(names: Sequence[str]) -> None:
             raise ConfigError(f"cannot import {name!r}: {type(error).__name__}: {reason}") from error
 
 
-def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -> Job:
-    """The training job in a TOML file, after its modules and `imports` were imported; raises `ConfigError`."""
-    from palaestra.trainer.job import Job, listed_modules  # behind torch: --help must not wait for it
+def with_flags(values: dict[str, Any], assignments: Sequence[str], imports: Sequence[str]) -> dict[str, Any]:
+    """An unchecked job with its flags, after the modules that it lists and `imports` were imported."""
+    values = override(values, parse_assignments(assignments))
+    from palaestra.trainer.job import listed_modules  # takes seconds: neither --help nor a refusal waits for it
 
-    values = override(load_toml(config), parse_assignments(assignments))
     import_modules([*listed_modules(values), *imports])
-    return Job.parse(values, source=str(config))
+    return values
+
+
+def load_job(config: Path, assignments: Sequence[str], imports: Sequence[str]) -> Job:
+    """The training job in a TOML file, with `imports` among its modules; raises `ConfigError`."""
+    values = with_flags(load_toml(config), assignments, imports)
+    from palaestra.trainer.job import Job
+
+    job = Job.parse(values, source=str(config))
+    added = [name for name in imports if name not in job.imports]
+    return job.model_copy(update={"imports": [*job.imports, *added]}) if added else job
 
 
 @contextmanager
 def interruptible(afterwards: str) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into one line that says what `afterwards` comes of it, and exit code 130."""
+    """Turn Ctrl-C, SIGTERM and a closed terminal into one line on what `afterwards` comes of it, and exit code 130."""
     try:
-        with _terminable():
+        with _ended_by(signal.default_int_handler):
             yield
     except (KeyboardInterrupt, asyncio.CancelledError):
         _leave(afterwards)
@@ -90,25 +104,43 @@ def interruptible(afterwards: str) -> Iterator[None]:
         raise
 
 
+def run_to_end(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """`asyncio.run` inside `interruptible`: a signal cancels the work, once, and never breaks into its loop.
+
+    asyncio does so for Ctrl-C alone, and not where that is ignored, as in a background job of a script.
+    """
+
+    async def owned() -> ResultT:
+        owner, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+        def cancel(number: int, frame: FrameType | None) -> None:
+            if owner is not None and not owner.cancelling():
+                loop.call_soon_threadsafe(owner.cancel)  # which also wakes a loop that waits
+
+        with _ended_by(cancel):
+            return await work
+
+    return asyncio.run(owned())
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends what is in here as Ctrl-C does: by default it would leave processes and folders behind."""
+def _ended_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Take what by default would leave processes and folders behind; what `nohup` has ignored stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _as_ctrl_c)
+    previous = {number: signal.getsignal(number) for number in _ENDINGS}
+    taken = {number: former for number, former in previous.items() if former is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does at this moment: a running event loop cancels its task, and breaks none that is at work."""
-    handler = signal.getsignal(signal.SIGINT)
-    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+        for number, former in taken.items():
+            signal.signal(number, former)
 
 
 def _leave(afterwards: str) -> None:
-    print(f"palaestra: interrupted; {afterwards}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"palaestra: interrupted; {afterwards}", file=sys.stderr, flush=True)
     raise typer.Exit(INTERRUPTED)

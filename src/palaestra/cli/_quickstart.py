@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,15 +26,16 @@ def quickstart(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Make, warm up and train a small agent in three families of environments, and judge it on held-out tasks."""
-    from palaestra.cli._options import INTERRUPTED, import_modules, interruptible, parse_assignments
+    from palaestra.cli._options import INTERRUPTED, import_modules, interruptible, parse_assignments, run_to_end
     from palaestra.config import load_toml, merge, override
+
+    values: dict[str, Any] = load_toml(config) if config is not None else {}
+    flags = {key: value for key, value in (("seed", seed), ("model", model)) if value is not None}
+    values = override(values, {**flags, **parse_assignments(assignments or ())})
     from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
     from palaestra.trainer.quickstart import FOR_GIVEN_MODEL, QuickstartConfig, run_quickstart
 
     import_modules(imports or ())
-    values: dict[str, Any] = load_toml(config) if config is not None else {}
-    flags = {key: value for key, value in (("seed", seed), ("model", model)) if value is not None}
-    values = override(values, {**flags, **parse_assignments(assignments or ())})
     if values.get("model") is not None:
         values = merge(FOR_GIVEN_MODEL, values)
     settings = QuickstartConfig.parse(values, source=str(config or "quickstart"))
@@ -43,7 +43,7 @@ def quickstart(
     folder = run or Path("runs") / f"quickstart-seed{settings.seed}"
     display.say(f"run folder: {folder}")
     with interruptible("the same command goes on where it stopped"):
-        result = asyncio.run(run_quickstart(settings, folder, display))
+        result = run_to_end(run_quickstart(settings, folder, display))
     if as_json:
         evaluations = {key: report.to_json() for key, report in result.evaluations.items()}
         typer.echo(json.dumps({"run": str(result.run), "complete": result.is_complete, "evaluations": evaluations}))

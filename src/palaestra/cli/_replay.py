@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +22,14 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make one training step again on a CPU, and compare loss and gradients bit for bit; exit code 3 if they differ."""
-    from palaestra.cli._options import import_modules, interruptible
+    from palaestra.cli._options import import_modules, interruptible, run_to_end
     from palaestra.trainer.replay import replay as make_again
     from palaestra.trainer.replay import run_folder
 
     import_modules(imports or ())
     folder = run_folder(run)
     with interruptible("the run was only read"):
-        found = asyncio.run(make_again(folder, step, model=model, say=lambda line: typer.echo(line, err=True)))
+        found = run_to_end(make_again(folder, step, model=model, say=lambda line: typer.echo(line, err=True)))
     if as_json:
         value = {
             "run": str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from dataclasses import asdict
@@ -68,14 +67,14 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure latency and throughput of sandboxes on this machine, at concurrency 1, 4 and 16."""
-    from palaestra.cli._options import interruptible
+    from palaestra.cli._options import interruptible, run_to_end
     from palaestra.sandboxes.bench import allow_open_files, measure
 
     allow_open_files()
     figures = []
     with interruptible("nothing was kept"):
         for name in backend or _usable(_BENCHED):
-            figures += asyncio.run(measure(name, repeats=repeats))
+            figures += run_to_end(measure(name, repeats=repeats))
     if as_json:
         typer.echo(json.dumps([asdict(figure) for figure in figures], indent=2))
     if not figures:

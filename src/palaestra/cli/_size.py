@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -39,19 +38,20 @@ def size(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a training job's parts and propose concurrency, micro-batch, split and mode, with the step's time."""
-    from palaestra.cli._options import interruptible, load_job
-    from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
-    from palaestra.trainer.sizing import measure, propose, write_size
+    from palaestra.cli._options import interruptible, load_job, run_to_end
 
-    display = SilentDisplay() if as_json else TerminalDisplay()
     with interruptible("nothing was kept"):
         job = load_job(config, assignments or (), imports or ())
         folder = run or job.run
         _check_places(write, folder)
-        with _logs(folder) as logs:
-            measured = asyncio.run(measure(job, seconds=seconds, logs=logs, display=display))
+        from palaestra.trainer.progress import SilentDisplay, TerminalDisplay
+        from palaestra.trainer.sizing import measure, propose, proposed_job, write_size
+
+        display = SilentDisplay() if as_json else TerminalDisplay()
+        with _logs() as logs:
+            measured = run_to_end(measure(job, seconds=seconds, logs=logs, display=display))
     proposal = propose(measured, job.train)
-    proposed = _apply(proposal, job)
+    proposed = proposed_job(job, proposal)
     kept = write_size(folder, job, proposed, measured, proposal) if folder is not None else None
     if write is not None:
         _write(write, proposed)
@@ -69,11 +69,8 @@ def size(
 
 
 @contextmanager
-def _logs(run: Path | None) -> Iterator[Path]:
-    """Where the parts log: in the run folder, else in a temporary folder that stays only where an error names it."""
-    if run is not None:
-        yield run / "logs"
-        return
+def _logs() -> Iterator[Path]:
+    """Where the parts log: in a temporary folder, which stays only where an error names it."""
     folder = Path(tempfile.mkdtemp(prefix="palaestra-size-"))
     is_named = False
     try:
@@ -92,7 +89,7 @@ def _check_places(write: Path | None, run: Path | None) -> None:
 
     if write is not None and write.exists():
         raise ConfigError(f"{write} exists already: name a new file with --write")
-    for path, flag in ((write, "--write"), (run and run / "logs", "--run")):
+    for path, flag in ((write, "--write"), (run and run / "size.json", "--run")):
         if path is not None and not _can_be_made(path):
             raise ConfigError(f"{path} cannot be written: choose another place with {flag}")
 
@@ -103,25 +100,13 @@ def _can_be_made(path: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _apply(proposal: Proposal, job: Job) -> Job:
-    from palaestra.config import override
-    from palaestra.trainer.job import Job
-
-    return Job.parse(override(_settings(job), proposal.assignments), source="the proposed job")
-
-
-def _settings(job: Job) -> dict[str, Any]:
-    """What the job's file and flags set, without defaults."""
-    return job.model_dump(mode="json", exclude_unset=True)
-
-
 def _write(path: Path, job: Job) -> None:
     from palaestra.errors import ConfigError
     from palaestra.records import write_whole
-    from palaestra.trainer.sizing import to_toml
+    from palaestra.trainer.sizing import chosen_values, to_toml
 
     try:
-        write_whole(path, to_toml(_settings(job)))
+        write_whole(path, to_toml(chosen_values(job)))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

@@ -73,6 +73,8 @@ def _prepare(
     as_json: bool,
 ) -> tuple[Trainer, EnvSuite]:
     from palaestra.cli._options import load_job
+
+    job = load_job(config, assignments, imports)
     from palaestra.trainer import Trainer
     from palaestra.trainer.metrics import StepRecord, one_line
 
@@ -82,6 +84,5 @@ def _prepare(
     def tell(line: str) -> None:
         typer.echo(f"palaestra: {line}", err=True)
 
-    job = load_job(config, assignments, imports)
     trainer = Trainer(job.model, job.train, run=run or job.run, on_step=show, on_note=tell, allow=allow)
     return trainer, job.suite.build()
