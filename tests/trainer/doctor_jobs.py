@@ -44,6 +44,8 @@ class Leaky(Env):
     ) -> None:
         super().__init__(**kwargs)
         self.leak = leak
+        if leak == "no tasks":
+            self.num_tasks = {**self.num_tasks, "train": 0}
         self.is_always_solved = is_always_solved
         self.has_expert = has_expert
 
@@ -60,6 +62,10 @@ class Leaky(Env):
             os.close(descriptor)
         if self.leak == "stuck":
             await asyncio.Event().wait()
+        if self.leak == "slow":
+            await asyncio.sleep(0.4)
+        if self.leak == "some" and task.data["index"] % 5 == 0:
+            raise RuntimeError("the shop is closed on Sundays")
         if self.leak == "broken":
             raise RuntimeError("the shop is closed")
         self._leave_something()
@@ -95,6 +101,8 @@ class Leaky(Env):
                 )
             case "crash":
                 os._exit(3)
+            case "blocking":
+                time.sleep(600)
 
     async def verify(self) -> Mapping[str, float]:
         self._is_judged = True
@@ -120,6 +128,8 @@ class Leaky(Env):
         return "ok"
 
     def expert(self) -> Expert:
+        if self.leak == "no call":
+            raise RuntimeError("nobody knows the way")
         return EchoExpert() if self.has_expert else super().expert()
 
 

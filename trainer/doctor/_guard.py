@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from palaestra.errors import PalaestraError, leaves
+from palaestra.errors import PalaestraError, WorkerError, leaves
 from palaestra.trainer.doctor._check import Check, Finding, failure, skipped
 
 ValueT = TypeVar("ValueT")
@@ -80,6 +80,8 @@ async def guarded(name: str, deadline_s: float, measure: Callable[[], Awaitable[
 
 def _broken(error: BaseException) -> Finding:
     told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, WorkerError):
+        return failure(told, "mend what it names; where a process was killed or late, free memory or cores")
     if isinstance(error, PalaestraError):
         return failure(told, "")  # such a message says itself what to do
     return failure(told, f"look for {type(error).__name__} in the code of the environment or module that raised it")

@@ -14,7 +14,7 @@ from palaestra.trainer.doctor._agreement import check_agreement, conversations
 from palaestra.trainer.doctor._check import Finding, ok
 from palaestra.trainer.doctor._conversations import Transcript, check_calls, judge_template, transcribe
 from palaestra.trainer.doctor._env_worker import Played
-from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._guard import MissingError, Part
 from palaestra.trainer.doctor._memory_plan import Rows
 from palaestra.trainer.doctor._model_size import find_model
 from palaestra.trainer.doctor._new_model import make_new_model
@@ -73,9 +73,9 @@ class ModelChecks:
             tasks.create_task(self._sheet.row("learner", learner_s, self._start_learner))
         for part in (self._engine, self._learner):
             part.give_up()
+        await self._talks.get_or_none()  # not within the row's deadline
         await self._sheet.row("variance", _GROUPS_S + _CLOSE_S, self._check_variance)
         self._groups.give_up()
-        await self._talks.get_or_none()
         await self._sheet.row("agreement", _SCORE_S, self._check_agreement)
 
     async def _open_model(self) -> Finding:
@@ -119,6 +119,10 @@ class ModelChecks:
 
     async def _check_variance(self) -> Finding:
         engine, renderer = await self._engine.get(), await self._renderer.get()
+        played = await self._talks.get_or_none() or {}
+        for env_id in self._subject.suite.env_ids:  # what breaks its process would break this one
+            if env_id not in played:
+                raise MissingError(f"needs environment {env_id}, which could not be played")
         policy = EnginePolicy(engine, renderer, self._train.sampling)
         suite = self._subject.suite.split("train")
         async with Resources() as shared:
