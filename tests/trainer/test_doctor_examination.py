@@ -150,6 +150,20 @@ async def test_model_that_is_not_there_leaves_the_environments_rows(tmp_path: Pa
     assert rows[f"leaks {ECHO}"].verdict is Verdict.OK
 
 
+async def test_run_folder_that_cannot_be_and_a_size_that_is_not_known_are_rows(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine_that(monkeypatch, ConfigError("no"))
+    learner_that(monkeypatch, ConfigError("no"))
+    rows = by_name(await examine(make_subject(model, run="r" * 300, train={"concurrency": 4}), SilentDisplay()))
+    assert rows["memory"].verdict is Verdict.FAILURE
+    assert "the run's folder cannot be rrr" in rows["memory"].detail
+    (Path(model) / "model.safetensors").rename(Path(model) / "pytorch_model.bin")
+    rows = by_name(await examine(make_subject(model, train={"concurrency": 4}), SilentDisplay()))
+    assert rows["memory"].verdict is Verdict.WARNING
+    assert rows["memory"].detail.startswith("size not known: ")
+
+
 async def test_relative_folder_that_is_not_there_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*args: object) -> str:
         raise OSError("no such repository\nsecond line")
