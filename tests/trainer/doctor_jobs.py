@@ -106,6 +106,8 @@ class Leaky(Env):
 
     async def verify(self) -> Mapping[str, float]:
         self._is_judged = True
+        if self.leak == "crash unsaid" and not self._said:
+            os._exit(3)
         is_solved = self.is_always_solved or self._said == self.task.data["word"]
         if self.leak == "success" and is_solved:
             os.open("/dev/null", os.O_RDONLY)

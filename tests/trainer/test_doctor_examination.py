@@ -115,6 +115,22 @@ async def test_broken_environment_is_its_own_rows(
 
 
 @pytest.mark.slow
+async def test_environment_that_breaks_only_under_the_model_is_a_row(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_that(monkeypatch, mute_engine())
+    learner_that(monkeypatch, ToyLearner())
+    suite = {"options": {LEAKY: {"leak": "crash unsaid"}}}
+    subject = make_subject(model, weights={LEAKY: 1.0}, suite=suite, train={"concurrency": 4})
+    rows = by_name(await examine(subject, SilentDisplay()))
+    assert rows[f"environment {LEAKY}"].verdict is Verdict.OK
+    assert rows["variance"].verdict is Verdict.FAILURE
+    assert "the process of the environments ended with 3" in rows["variance"].detail
+    assert rows["template"].verdict is Verdict.OK
+    assert rows["memory"].verdict is Verdict.OK
+
+
+@pytest.mark.slow
 async def test_environments_with_faults_of_each_kind(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine_that(monkeypatch, ConfigError("no"))
     learner_that(monkeypatch, ConfigError("no"))

@@ -17,14 +17,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from palaestra.agents import episode_seed, run_episode
+from palaestra.agents import EnginePolicy, episode_seed, run_episode
+from palaestra.agents.renderers import open_renderer
 from palaestra.envs import Env, EnvLimits, EnvSuite, Registration, register
 from palaestra.errors import PalaestraError, TaskError, WorkerError, leaves
 from palaestra.processes import Reply
 from palaestra.resources import Resources
+from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.doctor._census import Census, take_census
+from palaestra.trainer.doctor._far_engine import FarEngine
 from palaestra.trainer.doctor._footprints import Footprints
 from palaestra.trainer.doctor._mishaps import WAYS, Way, arrange
+from palaestra.trainer.doctor._variance import SampledGroups, sample_groups
 from palaestra.types import Episode, Task, ToolSpec
 
 ValueT = TypeVar("ValueT")
@@ -42,6 +46,14 @@ class ProbeSetup(NamedTuple):
     concurrency: int
     seed: int
     scratch: Path
+
+
+class FarModel(NamedTuple):
+    """A model whose engine the parent holds and serves at a socket."""
+
+    path: str
+    socket: Path
+    max_model_len: int
 
 
 class Played(NamedTuple):
@@ -87,6 +99,7 @@ class ProbeService:
         self._calls: dict[str, Callable[..., Coroutine[Any, Any, object]]] = {
             "play_well": self.play_well,
             "play_rounds": self.play_rounds,
+            "sample_groups": self.sample_groups,
         }
 
     def handle(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
@@ -153,6 +166,13 @@ class ProbeService:
         )
         random = [each[Way.RANDOM] for each in played if each[Way.RANDOM].episodes]
         return _all_of(random or [first[Way.RANDOM]]), stay
+
+    async def sample_groups(self, model: FarModel, config: GRPOConfig, limit_s: float) -> SampledGroups:
+        """The run's first groups, a few, as it would play them; after `limit_s` seconds those that are there."""
+        renderer = open_renderer(model.path, family=config.family)
+        policy = EnginePolicy(FarEngine(model.socket, model.max_model_len), renderer, config.sampling)
+        async with Resources() as resources:
+            return await sample_groups(policy, self._setup.suite.split("train"), config, resources, limit_s)
 
     def _has_expert(self, env_id: str) -> bool:
         try:

@@ -10,9 +10,8 @@ from functools import partial
 from palaestra.trainer.doctor._check import Finding, ok, warning
 from palaestra.trainer.doctor._env_worker import Played, Stay
 from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
-from palaestra.trainer.doctor._guard import MissingError, Part
+from palaestra.trainer.doctor._guard import MissingError, Part, Sheet
 from palaestra.trainer.doctor._probe import EnvProbe
-from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 
 ROWS = ("environment", "reward", "latency", "leaks")

@@ -1,8 +1,8 @@
 """The examination: what depends on what, and in which order.
 
-Environments are probed in a process of their own while engine and learner start; a model that the job makes itself is
-made from the experts' first episodes. Invariants: every check gives one row, in one order, whatever breaks; when
-`examine` returns or raises, no process and no folder of it is left.
+Environments are probed, and groups of the model played, in processes of their own; engine and learner start meanwhile.
+A model that the job makes itself is made from the experts' first episodes. Invariants: every check gives one row, in
+one order, whatever breaks; when `examine` returns or raises, no process and no folder of it is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from palaestra.resources import Resources
 from palaestra.trainer.doctor import _environment_checks, _model_checks
 from palaestra.trainer.doctor._check import Check, Finding, warning
 from palaestra.trainer.doctor._environment_checks import EnvironmentChecks, at_once
-from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._guard import Part, Sheet
 from palaestra.trainer.doctor._machine import Machine, look_at_machine
 from palaestra.trainer.doctor._marks import marked
 from palaestra.trainer.doctor._memory_plan import judge_memory, plan
@@ -25,7 +25,6 @@ from palaestra.trainer.doctor._model_checks import ModelChecks
 from palaestra.trainer.doctor._model_size import UnknownSizeError, read_size
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.trainer.doctor._rules import check_settings
-from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.progress import Display
 
@@ -49,10 +48,10 @@ def _row_names(subject: Subject) -> list[str]:
 
 async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resources) -> None:
     machine = await asyncio.to_thread(look_at_machine)  # before anything of ours takes memory
-    probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed)
-    await resources.get("probe", partial(_given, probe))
+    probe = await _open_probe(subject, folder, "environments", resources)
+    player = await _open_probe(subject, folder, "groups", resources)
     environments = EnvironmentChecks(subject, sheet, probe)
-    model = ModelChecks(subject, sheet, folder, resources, environments.conversations)
+    model = ModelChecks(subject, sheet, folder, resources, environments.conversations, player)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(environments.run())
         tasks.create_task(model.run())
@@ -64,8 +63,13 @@ async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resourc
     await sheet.row("memory", _QUICK_S, measure)
 
 
-async def _given(probe: EnvProbe) -> EnvProbe:
-    return probe
+async def _open_probe(subject: Subject, folder: Path, name: str, resources: Resources) -> EnvProbe:
+    probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed, name=name)
+
+    async def given() -> EnvProbe:
+        return probe
+
+    return await resources.get(name, given)
 
 
 async def _check_settings(subject: Subject, machine: Machine) -> Finding:

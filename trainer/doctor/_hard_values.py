@@ -94,7 +94,7 @@ def _candidates(field: dict[str, Any], schema: Mapping[str, Any], depth: int) ->
         if options is not None:
             return [v for option in options for v in hard_values(_merged(rest, option), schema, depth + 1)[:_FEW]]
     if "allOf" in field:
-        merged = rest
+        merged: object = rest
         for option in field["allOf"]:
             merged = _merged(
                 merged, _target(option, schema) if isinstance(option, dict) and "$ref" in option else option

@@ -11,8 +11,10 @@ from typing import Any
 from palaestra.envs import EnvSuite, registration
 from palaestra.errors import WorkerError
 from palaestra.processes import WorkerProcess
-from palaestra.trainer.doctor._env_worker import Played, ProbeSetup, Stay
+from palaestra.trainer.config import GRPOConfig
+from palaestra.trainer.doctor._env_worker import FarModel, Played, ProbeSetup, Stay
 from palaestra.trainer.doctor._marks import MARK, end_marked
+from palaestra.trainer.doctor._variance import SampledGroups
 
 _TARGET = "palaestra.trainer.doctor._env_worker:build"
 _START_S, _LATE_S = 60.0, 20.0
@@ -22,13 +24,13 @@ _LOG_LINES, _LOG_BYTES = 6, 16_384
 class EnvProbe:
     """Plays a suite's environments one after another, away from this process."""
 
-    def __init__(self, suite: EnvSuite, folder: Path, *, concurrency: int, seed: int) -> None:
-        scratch = folder / "probe"
+    def __init__(self, suite: EnvSuite, folder: Path, *, concurrency: int, seed: int, name: str = "probe") -> None:
+        scratch = folder / name
         scratch.mkdir()
         registrations = tuple(registration(env_id) for env_id in suite.env_ids)
         self._setup = ProbeSetup(suite, registrations, concurrency, seed, scratch)
         self.mark = str(scratch)
-        self._log_path = folder / "environments.log"
+        self._log_path = folder / f"{name}.log"
         self._worker: WorkerProcess | None = None
 
     async def play_well(self, env_id: str, count: int, limit_s: float) -> Played:
@@ -41,6 +43,11 @@ class EnvProbe:
         result: tuple[Played, Stay] = await self._call("play_rounds", env_id, count, limit_s)
         return result
 
+    async def sample_groups(self, model: FarModel, config: GRPOConfig, limit_s: float) -> SampledGroups:
+        """A few groups of the model itself."""
+        groups: SampledGroups = await self._call("sample_groups", model, config, limit_s)
+        return groups
+
     async def aclose(self) -> None:
         """End the process and whatever an environment left behind; idempotent."""
         worker, self._worker = self._worker, None
@@ -48,7 +55,7 @@ class EnvProbe:
             await worker.aclose()
         await end_marked(self.mark)
 
-    async def _call(self, method: str, env_id: str, count: int, limit_s: float) -> Any:
+    async def _call(self, method: str, what: object, how: object, limit_s: float) -> Any:
         if self._worker is None:
             self._worker = await WorkerProcess.start(
                 _TARGET,
@@ -59,16 +66,16 @@ class EnvProbe:
                 env={MARK: self.mark},
             )
         try:
-            return await self._ask(self._worker, method, env_id, count, limit_s)
+            return await self._ask(self._worker, method, what, how, limit_s)
         except BaseException:  # it may still be busy with this call: the next environment gets a fresh one
             worker, self._worker = self._worker, None
             await worker.aclose(timeout_s=0)
             raise
 
-    async def _ask(self, worker: WorkerProcess, method: str, env_id: str, count: int, limit_s: float) -> Any:
+    async def _ask(self, worker: WorkerProcess, method: str, what: object, how: object, limit_s: float) -> Any:
         size = self._log_path.stat().st_size
         try:
-            return await worker.call(method, env_id, count, limit_s, timeout_s=limit_s + _LATE_S)
+            return await worker.call(method, what, how, limit_s, timeout_s=limit_s + _LATE_S)
         except WorkerError as error:
             if not worker.is_alive:  # then the message quotes the log
                 raise
