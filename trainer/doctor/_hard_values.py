@@ -203,9 +203,10 @@ def _listed(kinds: str | Sequence[str]) -> list[str]:
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
-def _merged(rest: dict[str, Any], option: object) -> object:
-    if not isinstance(option, dict):
-        return option and rest
+def _merged(rest: object, option: object) -> object:
+    """Both at once; False, which nothing meets, where that takes more than to put their keys together."""
+    if not isinstance(option, dict) or not isinstance(rest, dict):
+        return rest if option is True else False
     if "$ref" in option and rest.keys() - _SAID:
         return False
     return {**rest, **option}

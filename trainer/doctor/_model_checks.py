@@ -159,7 +159,7 @@ class ModelChecks:
 
 
 def _make_new_model(new: NewModel, played: Mapping[str, Played], folder: Path) -> Path:
-    """A model as the main job would make it, from what the experts said; blocks for the seconds in which torch loads."""
+    """A model as the main job would make it, from what experts said; blocks for the seconds in which torch loads."""
     demonstrations = [
         Demonstration(task_id=e.task.id, messages=e.messages, tools=each.tools, is_success=e.is_success)
         for each in played.values()
