@@ -57,6 +57,12 @@ async def test_clean_environment_leaves_nothing(probe_of: Any) -> None:
     assert len(played.seconds["begin"]) == len(played.seconds["end"]) == 9
 
 
+async def test_rounds_are_of_one_kind_whatever_their_size(probe_of: Any) -> None:
+    played, stay = await probe_of(LEAKY).play_rounds(LEAKY, 9, 60.0)
+    assert stay.num_scored == 3 * (4 + 1)
+    assert len(played.episodes) == 3 * 4, "the first way comes twice in each round"
+
+
 @pytest.mark.parametrize(
     ("leak", "words"),
     [
