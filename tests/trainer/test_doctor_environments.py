@@ -119,7 +119,7 @@ async def test_processes_that_left_the_family_are_found_and_ended_with_the_probe
 
 async def test_environment_that_kills_its_process_is_told_and_the_next_one_plays(probe_of: Any) -> None:
     probe = probe_of(LEAKY, leak="crash")
-    with pytest.raises(WorkerError, match="the process of the environments ended with 3"):
+    with pytest.raises(WorkerError, match=r"the process of the environments ended with 3; its log ends: \(nothing\)"):
         await probe.play_rounds(LEAKY, 2, 60.0)
     with pytest.raises(WorkerError, match="ended with 3"):
         await probe.play_well(LEAKY, 2, 60.0)

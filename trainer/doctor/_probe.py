@@ -77,11 +77,10 @@ class EnvProbe:
         try:
             return await worker.call(method, what, how, limit_s, timeout_s=limit_s + _LATE_S)
         except WorkerError as error:
-            if not worker.is_alive:  # then the message quotes the log
-                raise
             if isinstance(error.__cause__, TimeoutError):
                 raise WorkerError(f"{error}; it is at {_innermost(await worker.stacks())}") from error
-            raise WorkerError(f"{error}; its log ends: {_end_of(self._log_path, size)}") from error
+            told = str(error).partition(f"; see {self._log_path}")[0]  # which goes with the examination's folder
+            raise WorkerError(f"{told}; its log ends: {_end_of(self._log_path, size)}") from error
 
 
 def _end_of(path: Path, start: int) -> str:
