@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from palaestra.cli._doctor_job import load_subject
+from palaestra.cli._doctor_job import load_subject, show_checks
 from palaestra.cli._main import app
 from palaestra.errors import ConfigError
+from palaestra.trainer.doctor import Check, Verdict
 from palaestra.trainer.doctor._subject import NewModel
 
 DESK = "palaestra/ToolDesk-v0"
@@ -94,6 +96,42 @@ def test_mistakes_are_told_with_the_file(tmp_path: Path) -> None:
         load_subject(str(path), (), ())
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_subject(str(tmp_path / "none.toml"), (), ())
+
+
+CHECKS = [
+    Check(name="settings", verdict=Verdict.OK, detail="none of 26 rules applies", seconds=0.1),
+    Check(
+        name=f"environment {DESK}",
+        verdict=Verdict.FAILURE,
+        detail="16 of 16 episodes failed: " + "no box to be had " * 20,
+        remedy="mend what it names",
+        seconds=12.34,
+    ),
+]
+
+
+def test_piped_rows_are_lines_without_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    show_checks(CHECKS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "settings                           ok       0.1   none of 26 rules applies"
+    assert lines[2].startswith("environment palaestra/ToolDesk-v0  FAILURE  12.3  16 of 16 episodes failed: no box")
+    assert lines[2].endswith("no box to be had")
+    assert lines[3:] == [f"environment {DESK}: mend what it names", "1 failure, 0 warnings"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_terminal_folds_the_prose_alone(capsys: pytest.CaptureFixture[str], width: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+        patch.setenv("NO_COLOR", "1")
+        patch.setenv("COLUMNS", str(width))
+        show_checks(CHECKS)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    lines = lines[:-2]  # remedies and counts follow
+    assert all(len(line) <= width for line in lines)
+    assert sum(f"environment {DESK}" in line for line in lines) == 1
+    assert sum("FAILURE" in line and "12.3" in line for line in lines) == 1
+    assert sum("no box" in line for line in lines) > 2, "the prose is folded"
 
 
 def test_flags_of_a_job_without_a_job_are_refused() -> None:

@@ -27,8 +27,9 @@ CPU = Machine(num_cores=2, free_mb=8000)
 GPU = Machine(num_cores=2, free_mb=8000, gpu_free_mb=70_000, gpu_total_mb=80_000)
 
 ECHO, LEAKY = "test/Echo-v0", "test/Leaky-v0"
-PLANTED = "/tmp/palaestra-planted-"
-"""Where files are planted outside the probe's own folder, and under this name in /dev/shm."""
+_SESSION = os.environ.setdefault("PALAESTRA_TESTS_PLANT", str(os.getpid()))  # the probe's processes inherit it
+PLANTED = f"/tmp/palaestra-planted-{_SESSION}-"
+"""Where files are planted outside the probe's own folder, and under this name in /dev/shm; no neighbour takes them."""
 
 
 class Leaky(Env):
@@ -44,6 +45,8 @@ class Leaky(Env):
     ) -> None:
         super().__init__(**kwargs)
         self.leak = leak
+        if leak == "no tasks":
+            self.num_tasks = {**self.num_tasks, "train": 0}
         self.is_always_solved = is_always_solved
         self.has_expert = has_expert
 
@@ -60,6 +63,10 @@ class Leaky(Env):
             os.close(descriptor)
         if self.leak == "stuck":
             await asyncio.Event().wait()
+        if self.leak == "slow":
+            await asyncio.sleep(0.4)
+        if self.leak == "some" and task.data["index"] % 5 == 0:
+            raise RuntimeError("the shop is closed on Sundays")
         if self.leak == "broken":
             raise RuntimeError("the shop is closed")
         self._leave_something()
@@ -88,16 +95,20 @@ class Leaky(Env):
             case "threads":
                 threading.Thread(target=threading.Event().wait, daemon=True).start()
             case "leases":
-                lease_id = f"doctor-test-{os.getpid()}-{len(self.kept)}"
+                lease_id = f"doctor-test-{_SESSION}-{os.getpid()}-{len(self.kept)}"
                 handle = process_handle(os.getpid())
                 self.kept.append(
                     Record.write(lease_id=lease_id, backend="toy", label="test", handle=handle, lifetime_s=60.0)
                 )
             case "crash":
                 os._exit(3)
+            case "blocking":
+                time.sleep(600)
 
     async def verify(self) -> Mapping[str, float]:
         self._is_judged = True
+        if self.leak == "crash unsaid" and not self._said:
+            os._exit(3)
         is_solved = self.is_always_solved or self._said == self.task.data["word"]
         if self.leak == "success" and is_solved:
             os.open("/dev/null", os.O_RDONLY)
@@ -120,6 +131,8 @@ class Leaky(Env):
         return "ok"
 
     def expert(self) -> Expert:
+        if self.leak == "no call":
+            raise RuntimeError("nobody knows the way")
         return EchoExpert() if self.has_expert else super().expert()
 
 
@@ -160,6 +173,6 @@ def forget_plants() -> None:
     from palaestra.sandboxes._records import forget, list_leases
 
     for lease in list_leases():
-        if lease.label == "test" and lease.id.startswith("doctor-test-"):
+        if lease.label == "test" and lease.id.startswith(f"doctor-test-{_SESSION}-"):
             with contextlib.suppress(FileNotFoundError):
                 forget(lease.id)

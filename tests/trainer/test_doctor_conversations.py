@@ -14,8 +14,9 @@ from palaestra.envs import EnvLimits, EnvSuite
 from palaestra.resources import Resources
 from palaestra.trainer.doctor import Verdict
 from palaestra.trainer.doctor._check import Finding
-from palaestra.trainer.doctor._conversations import check_calls, hard_calls, hard_values, judge_template, transcribe
+from palaestra.trainer.doctor._conversations import check_calls, hard_calls, judge_template, transcribe
 from palaestra.trainer.doctor._env_worker import Played
+from palaestra.trainer.doctor._hard_values import hard_values
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Episode, Message, ToolSpec
 from tests.agents.renderers.conftest import qwen_folder as qwen_folder
@@ -168,6 +169,52 @@ def test_hard_values_meet_their_schema() -> None:
     assert None in hard_values({"anyOf": [{"type": "string"}, {"type": "null"}]}, schema)
     assert [] in hard_values({"type": "array", "items": {"type": "string"}}, schema)
     assert all(len(text) <= 4 for text in hard_values({"type": "string", "maxLength": 4}, schema))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ({"type": ["boolean", "null"]}, [True, False, None]),
+        ({"oneOf": [{"type": "boolean"}, {"type": "null"}]}, [True, False, None]),
+        ({"oneOf": [{"type": "integer", "minimum": 8}, {"type": "number", "minimum": 8}]}, []),
+        ({"allOf": [{"type": "integer"}, {"maximum": -5}]}, [-5]),
+        ({"type": "integer", "exclusiveMinimum": 5, "exclusiveMaximum": 7}, [6]),
+        ({"type": "number", "exclusiveMinimum": 5}, [6]),
+        ({"type": "integer", "multipleOf": 6, "minimum": 1, "maximum": 9}, [6]),
+        ({"type": "integer", "minimum": 0, "exclusiveMinimum": True}, []),
+        ({"type": "string", "pattern": "^[0-9]+$"}, ["007"]),
+        ({"type": "string", "pattern": "^[q]{3}$"}, []),
+        ({"type": "string", "pattern": "("}, []),
+        ({"type": "string", "minLength": 60}, ["x" * 60]),
+        ({"type": "string", "format": "date"}, []),
+        ({"type": "array", "maxItems": 1, "items": {"type": "boolean"}}, [[True], []]),
+        ({"type": "array", "minItems": 3, "items": {"type": "boolean"}}, [[True, False, True]]),
+        ({"type": "array", "minItems": 3, "items": {"type": "boolean"}, "uniqueItems": True}, []),
+        ({"type": "object", "additionalProperties": False}, [{}]),
+        ({"type": "object", "additionalProperties": {"type": "boolean"}}, [{"key": True}, {}, {"a b": False}]),
+        ({"type": "object", "properties": {"x": {"format": "date"}}, "required": ["x"]}, []),
+        ({"enum": []}, []),
+        ({"$ref": "#/$defs/Gone"}, []),
+        ({"type": 3}, []),
+        (False, []),
+    ],
+)
+def test_hard_values_respect_bounds_and_are_none_where_a_schema_cannot_be_served(
+    field: object, values: list[object]
+) -> None:
+    assert hard_values(field, {}) == values
+
+
+def test_any_value_meets_a_schema_that_asks_for_nothing() -> None:
+    assert hard_values(True, {}) == hard_values({}, {}) == hard_values({"type": "string"}, {})
+
+
+def test_tool_that_cannot_be_called_well_is_not_called() -> None:
+    fields = {"day": {"type": "string", "format": "date"}, "text": {"type": "string"}}
+    parameters = {"type": "object", "properties": fields, "required": ["day"]}
+    assert list(hard_calls([ToolSpec(name="note", description="", parameters=parameters)])) == []
+    optional = ToolSpec(name="note", description="", parameters={**parameters, "required": []})
+    assert {tuple(message.tool_calls[0].arguments) for message in hard_calls([optional])} == {("text",)}
 
 
 def test_a_schema_that_contains_itself_ends() -> None:

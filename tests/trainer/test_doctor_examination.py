@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 
 from palaestra.errors import ConfigError, WorkerError
 from palaestra.trainer.doctor import Check, Verdict, examine
+from palaestra.trainer.doctor import _environment_checks as environment_checks
 from palaestra.trainer.doctor import _model_checks as model_checks
+from palaestra.trainer.doctor import _probe as probe
 from palaestra.trainer.doctor._check import Finding, ok
 from palaestra.trainer.doctor._guard import MissingError, Part, guarded
 from palaestra.trainer.doctor._marks import MARK
@@ -88,18 +91,43 @@ async def test_dead_engine_hides_no_other_row(model: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-async def test_broken_environment_is_its_own_rows(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("leak", "words"), [("crash", "ended with 3"), ("blocking", "doctor_jobs.py")])
+async def test_broken_environment_is_its_own_rows(
+    model: str, monkeypatch: pytest.MonkeyPatch, leak: str, words: str
+) -> None:
+    """Here its first episode would end this process, or hold it for ever."""
+    monkeypatch.setattr(environment_checks, "_EXPERT_S", 8.0)
+    monkeypatch.setattr(probe, "_LATE_S", 0.0)
     engine_that(monkeypatch, mute_engine())
     learner_that(monkeypatch, ToyLearner())
-    suite = {"options": {LEAKY: {"leak": "crash"}}}
-    subject = make_subject(model, weights={ECHO: 1.0, LEAKY: 1e-3}, suite=suite, train={"concurrency": 4})
+    suite = {"options": {LEAKY: {"leak": leak}}}
+    subject = make_subject(model, weights={ECHO: 1.0, LEAKY: 1.0}, suite=suite, train={"concurrency": 4})
     rows = by_name(await examine(subject, SilentDisplay()))
     assert rows[f"environment {LEAKY}"].verdict is Verdict.FAILURE
-    assert "ended with 3" in rows[f"environment {LEAKY}"].detail
+    assert words in rows[f"environment {LEAKY}"].detail
+    assert rows[f"environment {LEAKY}"].remedy
+    assert rows["variance"].verdict is Verdict.SKIPPED
+    assert rows["variance"].detail == f"needs environment {LEAKY}, which could not be played"
     for what in ("reward", "latency", "leaks"):
         assert rows[f"{what} {LEAKY}"].verdict is Verdict.SKIPPED
         assert rows[f"{what} {ECHO}"].verdict is Verdict.OK
     assert rows["engine"].verdict is rows["template"].verdict is Verdict.OK
+
+
+@pytest.mark.slow
+async def test_environment_that_breaks_only_under_the_model_is_a_row(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_that(monkeypatch, mute_engine())
+    learner_that(monkeypatch, ToyLearner())
+    suite = {"options": {LEAKY: {"leak": "crash unsaid"}}}
+    subject = make_subject(model, weights={LEAKY: 1.0}, suite=suite, train={"concurrency": 4})
+    rows = by_name(await examine(subject, SilentDisplay()))
+    assert rows[f"environment {LEAKY}"].verdict is Verdict.OK
+    assert rows["variance"].verdict is Verdict.FAILURE
+    assert "the process of the environments ended with 3" in rows["variance"].detail
+    assert rows["template"].verdict is Verdict.OK
+    assert rows["memory"].verdict is Verdict.OK
 
 
 @pytest.mark.slow
@@ -112,11 +140,7 @@ async def test_environments_with_faults_of_each_kind(model: str, monkeypatch: py
     assert rows[f"reward {LEAKY}"].verdict is not Verdict.OK
 
 
-async def test_environments_that_are_not_reached_in_time_are_named(
-    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from palaestra.trainer.doctor import _environment_checks as environment_checks
-
+async def test_environments_that_are_not_reached_in_time_are_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine_that(monkeypatch, ConfigError("no"))
     learner_that(monkeypatch, ConfigError("no"))
     monkeypatch.setattr(environment_checks, "_ALL_S", 6.0)
@@ -142,6 +166,20 @@ async def test_model_that_is_not_there_leaves_the_environments_rows(tmp_path: Pa
     assert rows[f"leaks {ECHO}"].verdict is Verdict.OK
 
 
+async def test_run_folder_that_cannot_be_and_a_size_that_is_not_known_are_rows(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine_that(monkeypatch, ConfigError("no"))
+    learner_that(monkeypatch, ConfigError("no"))
+    rows = by_name(await examine(make_subject(model, run="r" * 300, train={"concurrency": 4}), SilentDisplay()))
+    assert rows["memory"].verdict is Verdict.FAILURE
+    assert "the run's folder cannot be rrr" in rows["memory"].detail
+    (Path(model) / "model.safetensors").rename(Path(model) / "pytorch_model.bin")
+    rows = by_name(await examine(make_subject(model, train={"concurrency": 4}), SilentDisplay()))
+    assert rows["memory"].verdict is Verdict.WARNING
+    assert rows["memory"].detail.startswith("size not known: ")
+
+
 async def test_relative_folder_that_is_not_there_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*args: object) -> str:
         raise OSError("no such repository\nsecond line")
@@ -162,11 +200,23 @@ async def test_cancelled_examination_leaves_no_process_and_no_folder(
     engine_that(monkeypatch, ConfigError("no"))
     learner_that(monkeypatch, ToyLearner())
     subject = make_subject(model, weights={LEAKY: 1.0}, suite={"options": {LEAKY: {"leak": "orphans"}}})
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(3.0):
-            await examine(subject, SilentDisplay())
+    async with asyncio.timeout(60.0):
+        examination = asyncio.create_task(examine(subject, SilentDisplay()))
+        while not any(is_running(pid, "sleep") for pid in processes_with(f"{MARK}={tmp_path}")):
+            assert not examination.done()
+            await asyncio.sleep(0.02)
+        examination.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await examination
     assert not list(tmp_path.glob("palaestra-doctor-*"))
     assert not processes_with(f"{MARK}={tmp_path}")
+
+
+def is_running(pid: int, name: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == name
+    except OSError:
+        return False
 
 
 def processes_with(words: str) -> list[int]:
@@ -179,6 +229,27 @@ def processes_with(words: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_rounds_find_leaks_and_judge_rewards_however_few_episodes_run_at_once(
+    model: str, monkeypatch: pytest.MonkeyPatch, concurrency: int
+) -> None:
+    """What leaks where an expert succeeds is seen only where each round has an expert's episode."""
+    engine_that(monkeypatch, ConfigError("no"))
+    learner_that(monkeypatch, ConfigError("no"))
+    subject = make_subject(
+        model,
+        weights={LEAKY: 1.0},
+        suite={"options": {LEAKY: {"leak": "success"}}},
+        train={"concurrency": concurrency},
+    )
+    rows = by_name(await examine(subject, SilentDisplay()))
+    assert rows[f"leaks {LEAKY}"].verdict is Verdict.FAILURE
+    assert "open descriptors stay behind after 8 episodes" in rows[f"leaks {LEAKY}"].detail
+    assert f"with {concurrency} at once" in rows[f"latency {LEAKY}"].detail
+    assert ", 9 episodes)" in rows[f"reward {LEAKY}"].detail
 
 
 async def test_check_that_hangs_fails_by_its_deadline() -> None:
@@ -297,8 +368,11 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(job: Path, tmp_path: Path) -> Non
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [str(PALAESTRA), "doctor", str(job), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        ends_s = time.monotonic() + 60
         while not list(tmp_path.glob("palaestra-doctor-*/learner.log")):
             assert process.poll() is None
+            assert time.monotonic() < ends_s
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -18,7 +18,7 @@ from palaestra.trainer.doctor import _machine as machine
 from palaestra.trainer.doctor._check import Finding
 from palaestra.trainer.doctor._machine import Machine
 from palaestra.trainer.doctor._memory_plan import Rows, judge_memory, micro_batch_bytes, plan
-from palaestra.trainer.doctor._model_size import ModelSize, read_size
+from palaestra.trainer.doctor._model_size import ModelSize, UnknownSizeError, read_size
 from tests.trainer.doctor_jobs import CPU, GPU
 from tests.trainer.test_ledger import make_group
 
@@ -62,6 +62,41 @@ def test_damaged_model_is_one_line(tmp_path: Path, damage: str) -> None:
     (folder / damage).write_bytes(b"\xff" * 16)
     with pytest.raises(ConfigError, match="cannot read the size of"):
         read_size(str(folder))
+
+
+def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {"embed.weight": [100, 64]})
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "consolidated.safetensors").write_bytes(weights)
+    assert read_size(str(folder)).num_parameters == 100 * 64
+    (folder / "model-00001-of-00001.safetensors").write_bytes(weights)
+    index = {"weight_map": {"embed.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_size(str(folder)).num_parameters == 100 * 64
+
+
+def test_models_of_another_layout_have_no_known_size(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {"embed.weight": [100, 64]})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UnknownSizeError, match="no weights in model"):
+        read_size(str(folder))
+    layout = {"model_type": "gpt2", "n_head": 12, "n_embd": 768, "n_layer": 12, "vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(layout))
+    with pytest.raises(UnknownSizeError, match="has no 'num_attention_heads'"):
+        read_size(str(folder))
+
+
+def test_run_folder_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CPU.with_disk_of(tmp_path / "runs" / "one").disk_place == f"the disk of {tmp_path}"
+    with pytest.raises(ConfigError, match=r"the run's folder cannot be .*: File name too long; choose another one"):
+        CPU.with_disk_of(tmp_path / ("x" * 300))
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        CPU.with_disk_of(tmp_path)
 
 
 ROWS = Rows(longest=400, sampled_share=0.25)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from palaestra.agents import EnginePolicy, Renderer
+from palaestra.agents import Completion, EnginePolicy, Renderer, Sampling
 from palaestra.agents.renderers import open_renderer
 from palaestra.envs import EnvSuite
+from palaestra.errors import PolicyError
 from palaestra.resources import Resources
 from palaestra.trainer.config import GRPOConfig
 from palaestra.trainer.doctor import Verdict
 from palaestra.trainer.doctor._agreement import Difference, check_agreement, judge_difference
+from palaestra.trainer.doctor._far_engine import FarEngine, served
 from palaestra.trainer.doctor._variance import SampledGroups, judge_variance, sample_groups
 from palaestra.trainer.tiny import make_tokenizer
 from palaestra.types import Failure, Outcome
@@ -90,6 +93,49 @@ async def test_groups_are_those_that_the_run_would_play(renderer: Renderer) -> N
     finding = judge_variance(groups, CONFIG, is_new=False)
     assert finding.verdict is Verdict.OK
     assert "of 24 episodes" in finding.detail
+
+
+async def test_engine_of_another_process_answers_as_it_does_here(renderer: Renderer, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40)  # the path of a socket has 107 bytes at most
+    folder.mkdir()
+    engine = engine_of(renderer)
+    async with served(engine, folder) as socket:
+        far = FarEngine(socket, engine.max_model_len)
+        ours, theirs = [await each.generate([1, 2, 3], Sampling(), stop_ids=(2,), seed=1) for each in (engine, far)]
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert [scores.tolist() for scores in await far.score(TEXTS)] == [s.tolist() for s in await engine.score(TEXTS)]
+        assert await far.stats() == await engine.stats()
+    with pytest.raises(OSError, match="directory"):
+        await far.generate([1], Sampling(), stop_ids=(2,))
+
+
+async def test_errors_of_a_far_engine_arrive_as_themselves(renderer: Renderer, tmp_path: Path) -> None:
+    class Full(ToyEngine):
+        async def generate(self, *args: object, **options: object) -> Completion:
+            raise PolicyError("the queue is full")
+
+    async with served(Full(lambda prompt, seed: []), tmp_path) as socket:
+        with pytest.raises(PolicyError, match="the queue is full"):
+            await FarEngine(socket, 99).generate([1], Sampling(), stop_ids=(2,))
+
+
+async def test_request_that_is_left_is_cancelled_at_the_engine(tmp_path: Path) -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    class Slow(ToyEngine):
+        async def generate(self, *args: object, **options: object) -> Completion:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+            raise AssertionError
+
+    async with asyncio.timeout(30), served(Slow(lambda prompt, seed: []), tmp_path) as socket:
+        asking = asyncio.create_task(FarEngine(socket, 99).generate([1], Sampling(), stop_ids=(2,)))
+        await begun.wait()
+        asking.cancel()
+        await cancelled.wait()
 
 
 async def test_engine_that_is_too_slow_leaves_what_ended_in_time(renderer: Renderer) -> None:

@@ -17,7 +17,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "constant_length_without_its_denominator": {"learner": {"constant_length": 1024}},
     "loss_parameters_that_the_loss_does_not_read": {"learner": {"loss": {"name": "ppo_clip", "tis_cap": 2.0}}},
     "clipping_of_a_ratio_that_is_one": {"mode": "sync", "learner": {"loss": {"clip_high": 0.3}}},
-    "warmup_longer_than_training": {"steps": 20, "learner": {"warmup_updates": 20}},
+    "warmup_longer_than_training": {"steps": 20, "learner": {"warmup_updates": 21}},
     "more_minibatches_than_rows": {"group_size": 2, "groups_per_step": 2, "learner": {"num_minibatches": 5}},
     "tolerance_below_rounding": {"canary_tolerance": 0.001, "engine_config": {"dtype": "bfloat16"}},
     "context_longer_than_the_models": {"engine_config": {"max_model_len": 9000}},
@@ -32,6 +32,11 @@ TRIGGERS: dict[str, dict[str, Any]] = {
     "stalls_that_are_never_told": {"step_timeout_s": 600.0, "stall_report_s": 600.0},
     "learner_seed_that_deals_nothing": {"learner": {"seed": 3}},
     "batches_that_end_before_an_episode": {"step_timeout_s": 4.0},
+    "groups_that_end_before_an_episode": {"step_timeout_s": 60.0, "group_timeout_s": 4.0, "stall_report_s": 20.0},
+    "more_requests_than_episodes": {"concurrency": 8, "engine_config": {"max_num_seqs": 500}},
+    "replies_longer_than_the_context": {"sampling": {"max_tokens": 100_000}},
+    "lag_beyond_training": {"steps": 3, "max_lag": 50},
+    "steps_larger_than_weights": {"learner": {"learning_rate": 100.0}},
 }
 """What of `train` meets each rule on a machine with two cores and no GPU."""
 
@@ -86,7 +91,28 @@ def test_warnings_are_told_together_with_their_remedies(model: str) -> None:
     assert finding.verdict is Verdict.WARNING
     assert "max_failure_rate 1" in finding.detail
     assert "save_every 900" in finding.detail
-    assert "train.save_every below 200" in finding.remedy
+    assert "train.save_every to at most 200" in finding.remedy
+
+
+def test_remedies_can_be_followed(model: str) -> None:
+    train = {"steps": 1, "save_every": 2, "canary_every": 2, "learner": {"warmup_updates": 2}}
+    remedies = {hint.remedy for hint in find_hints(make_subject(model, train=train), CPU).values()}
+    assert remedies == {
+        "set train.save_every to at most 1",
+        "set train.canary_every to at most 1",
+        "leave train.learner.warmup_updates out",
+    }
+    followed = {"steps": 1, "save_every": 1, "canary_every": 1}
+    assert hints(make_subject(model, train=followed)) == set()
+
+
+def test_warmup_that_ends_with_the_last_update_arrives(model: str) -> None:
+    assert hints(make_subject(model, train={"steps": 20, "learner": {"warmup_updates": 20}})) == set()
+
+
+def test_half_of_a_short_step_timeout_cuts_groups_too(model: str) -> None:
+    found = hints(make_subject(model, train={"step_timeout_s": 8.0, "stall_report_s": 4.0}))
+    assert found == {"groups_that_end_before_an_episode"}, "an episode may take 5 s"
 
 
 def test_family_of_a_model_of_ours_is_idle(tmp_path: Path, model: str) -> None:

@@ -6,29 +6,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from palaestra.agents import Renderer
 from palaestra.errors import PolicyError
 from palaestra.trainer.doctor._check import Finding, failure, ok, skipped, together, warning
 from palaestra.trainer.doctor._env_worker import Played
+from palaestra.trainer.doctor._hard_values import hard_values, meets
 from palaestra.types import Episode, JsonObject, Message, ToolCall, ToolSpec
 
 _NEARLY = 0.9
-_MAX_DEPTH = 4
-_TEXTS = (
-    "plain",
-    "",
-    "say \"yes\" and 'no'",
-    "one\ntwo\n\n\tthree",
-    "naïve 猫 🦊 ﷽",
-    "back\\slash \\n {brace} [bracket] <tag> & %",
-    "007",
-    "true",
-    "</call><|im_end|></tool_call>",
-)
-_INTEGERS = (0, -1, 7, 10**12)
-_NUMBERS = (0.5, -2.25, 1e-9, 3.0)
 
 
 @dataclass(slots=True)
@@ -197,9 +184,12 @@ def _shown(message: Message) -> str:
 def hard_calls(tools: Sequence[ToolSpec]) -> Iterator[Message]:
     """For each tool, calls that each vary one argument over values that are hard to write; the others stay plain."""
     for tool in tools:
-        fields: dict[str, JsonObject] = dict(tool.parameters.get("properties", {}))
-        choices = {name: hard_values(field, tool.parameters) for name, field in fields.items()}
+        fields: dict[str, object] = dict(tool.parameters.get("properties", {}))
+        found = {name: hard_values(field, tool.parameters) for name, field in fields.items()}
+        choices = {name: values for name, values in found.items() if values}
         plain = {name: values[0] for name, values in choices.items()}
+        if not meets(plain, {**tool.parameters, "type": "object"}, tool.parameters):
+            continue  # a schema that is not known here: no call rather than a wrong one
         yield _call(tool.name, plain)
         for name, values in choices.items():
             for value in values[1:]:
@@ -208,46 +198,3 @@ def hard_calls(tools: Sequence[ToolSpec]) -> Iterator[Message]:
 
 def _call(name: str, arguments: JsonObject) -> Message:
     return Message("assistant", tool_calls=(ToolCall(name=name, arguments=arguments),))
-
-
-def hard_values(field: JsonObject, schema: JsonObject, depth: int = 0) -> list[Any]:
-    """Values that meet a JSON Schema, a plain one first."""
-    if "$ref" in field:
-        target = schema.get("$defs", {}).get(str(field["$ref"]).rpartition("/")[2], {})
-        return hard_values(target, schema, depth + 1) if depth < _MAX_DEPTH else [None]
-    if "const" in field:
-        return [field["const"]]
-    if "enum" in field:
-        return list(field["enum"])
-    if "anyOf" in field:
-        return [value for option in field["anyOf"] for value in hard_values(option, schema, depth + 1)[:3]]
-    kind = field.get("type", "string")
-    if kind in ("array", "object"):
-        return _containers(kind, field, schema, depth)
-    if kind == "boolean":
-        return [True, False]
-    if kind == "null":
-        return [None]
-    if kind in ("integer", "number"):
-        return _within(_INTEGERS if kind == "integer" else _NUMBERS, field)
-    low, high = field.get("minLength", 0), field.get("maxLength", 10**6)
-    return [text for text in _TEXTS if low <= len(text) <= high] or ["x" * low]
-
-
-def _within(values: Sequence[float], field: JsonObject) -> list[Any]:
-    low, high = field.get("minimum"), field.get("maximum")
-    fitting = [v for v in values if (low is None or v >= low) and (high is None or v <= high)]
-    return fitting or [low if low is not None else high]
-
-
-def _containers(kind: str, field: JsonObject, schema: JsonObject, depth: int) -> list[Any]:
-    if depth >= _MAX_DEPTH:
-        return [[] if kind == "array" else {}]
-    if kind == "array":
-        inner = hard_values(field.get("items", {}), schema, depth + 1)
-        return [inner[:1], inner] if field.get("minItems", 0) else [inner[:1], [], inner]
-    fields: dict[str, JsonObject] = dict(field.get("properties", {}))
-    if not fields:
-        return [{"key": "value"}, {}, {"a b": {"c": [1, "two", None]}}]
-    inner_by_name = {name: hard_values(child, schema, depth + 1) for name, child in fields.items()}
-    return [{name: values[at] for name, values in inner_by_name.items()} for at in (0, -1)]

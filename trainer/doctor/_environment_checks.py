@@ -10,9 +10,8 @@ from functools import partial
 from palaestra.trainer.doctor._check import Finding, ok, warning
 from palaestra.trainer.doctor._env_worker import Played, Stay
 from palaestra.trainer.doctor._environments import judge_latency, judge_play, judge_reward, judge_stay, used_mb
-from palaestra.trainer.doctor._guard import MissingError, Part
+from palaestra.trainer.doctor._guard import MissingError, Part, Sheet
 from palaestra.trainer.doctor._probe import EnvProbe
-from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 
 ROWS = ("environment", "reward", "latency", "leaks")
@@ -22,7 +21,9 @@ ROW_OF_ALL = "environments"
 
 _NUM_EXPERT, _NUM_FOR_VOCABULARY = 16, 80
 _MAX_AT_ONCE = 64
-_PLAY_S, _JUDGE_S, _GRACE_S = 90.0, 10.0, 10.0
+_EXPERT_S, _ROUNDS_S = 60.0, 70.0
+"""After which the episodes are judged that have ended."""
+_JUDGE_S, _GRACE_S = 10.0, 50.0
 _ALL_S = 240.0
 """How long the environments may take together; what is left then is not tried."""
 _ROUND_S, _LEAST_ROUND = 4.0, 8
@@ -49,11 +50,12 @@ class EnvironmentChecks:
     async def run(self) -> None:
         """All rows of all environments, and the one that says what was not reached."""
         env_ids = self._subject.suite.env_ids
-        deadline_s = _PLAY_S + _GRACE_S
         working = [
             env_id
             for env_id in env_ids
-            if await self._sheet.row(f"environment {env_id}", deadline_s, self._timely(env_id, self._play_well))
+            if await self._sheet.row(
+                f"environment {env_id}", _EXPERT_S + _GRACE_S, self._timely(env_id, self._play_well)
+            )
         ]
         self.conversations.settle(dict(self._played) or None)
         for env_id in env_ids:
@@ -61,7 +63,7 @@ class EnvironmentChecks:
             if env_id not in working:
                 random.settle(None)
             leaks = self._timely(env_id, partial(self._play_rounds, random=random))
-            await self._sheet.row(f"leaks {env_id}", deadline_s, leaks)
+            await self._sheet.row(f"leaks {env_id}", _ROUNDS_S + _GRACE_S, leaks)
             random.give_up()
             await self._sheet.row(f"latency {env_id}", _JUDGE_S, partial(self._latency, env_id, random))
             await self._sheet.row(f"reward {env_id}", _JUDGE_S, partial(self._reward, env_id, random))
@@ -93,21 +95,21 @@ class EnvironmentChecks:
         return ok("all were reached in time")
 
     async def _play_well(self, env_id: str) -> Finding:
-        played = await self._probe.play_well(env_id, self._count, _PLAY_S)
+        played = await self._probe.play_well(env_id, self._count, _EXPERT_S)
         self._played[env_id] = played
         return judge_play(played, self._subject.train.max_failure_rate)
 
     async def _play_rounds(self, env_id: str, random: Part[Played]) -> Finding:
         if random.is_missing:
             await random.get()  # says why
-        played, stay = await self._probe.play_rounds(env_id, self._round_size(env_id), _PLAY_S)
+        played, stay = await self._probe.play_rounds(env_id, self._round_size(env_id), _ROUNDS_S)
         self._stays[env_id] = stay
-        random.settle(played)
+        random.settle(played if played.episodes else None)
         return judge_stay(stay)
 
     async def _latency(self, env_id: str, random: Part[Played]) -> Finding:
         strange = await random.get()
-        return judge_latency([self._played[env_id], strange], self._round_size(env_id))
+        return judge_latency([self._played[env_id], strange], min(self._at_once, self._round_size(env_id)))
 
     async def _reward(self, env_id: str, random: Part[Played]) -> Finding:
         strange = await random.get()
@@ -115,10 +117,10 @@ class EnvironmentChecks:
         return judge_reward(first if first.is_expert else None, strange)
 
     def _round_size(self, env_id: str) -> int:
-        """Episodes of a round, all at once: as many as in the run, fewer where the first ones took long."""
+        """Episodes of a round: as many as the run plays at once, fewer where the first ones took long."""
         first = self._played[env_id]
         pace = len(first.episodes) / max(first.wall_s, 1e-3)
-        return min(self._at_once, max(_LEAST_ROUND, int(pace * _ROUND_S)))
+        return max(_LEAST_ROUND, min(self._at_once, int(pace * _ROUND_S)))
 
 
 def at_once(subject: Subject) -> int:

@@ -19,6 +19,9 @@ from palaestra.types import Episode
 _FULL, _FLOOR = 0.95, 0.5
 _SLOW_SHARE = 0.5
 _MANY_MB = 64
+_LEAST_SCORED = 8
+"""Random episodes, below which their mean reward proves nothing."""
+_LEAST_ROUNDS = 3
 _SHOWN = 2
 _KEPT = ("descriptors", "threads")
 """What libraries may open or start once more and keep for the life of the process."""
@@ -34,38 +37,47 @@ _KINDS = {
 
 def judge_play(played: Played, max_failure_rate: float) -> Finding:
     """Whether the environment can be played here, as often as a run asks for."""
-    failed = [episode for episode in played.episodes if episode.failure is not None]
     who = "its expert" if played.is_expert else "random play, for it ships no expert,"
     tools = ", ".join(tool.name for tool in played.tools) or "none"
     detail = f"{len(played.episodes)} episodes of {who} in {played.wall_s:.1f} s; tools: {tools}"
+    if not (failed := _failed(played.episodes)):
+        return ok(detail)
+    told = f"{len(failed)} of {len(played.episodes)} episodes of {who} failed on our side, the first: {failed[0]}"
     if len(failed) > max_failure_rate * len(played.episodes):
-        why = _first_failure(failed)
-        told = f"{len(failed)} of {len(played.episodes)} episodes of {who} failed on our side, the first: {why}"
         return failure(told, "mend what it names")
-    return ok(detail)
+    return warning(told, "mend what it names")
 
 
 def judge_reward(expert: Played | None, random: Played) -> Finding:
     """Whether the reward tells good play from any play."""
     for who, played in (("expert", expert), ("random", random)):
         if played is not None and not _rewards(played.episodes):
-            return failure(f"no {who} episode was scored: {_first_failure(played.episodes)}", "mend the environment")
+            detail = f"no {who} episode was scored: {_why_unscored(played.episodes)}"
+            is_proved = len(played.episodes) >= _LEAST_SCORED
+            return (failure if is_proved else warning)(detail, "mend the environment")
+    failed = _failed(random.episodes)
     if expert is None:
-        return skipped(f"ships no expert to compare with; random play: {_summary(random)}")
+        detail = f"ships no expert to compare with; random play: {_summary(random)}"
+        if failed:
+            told = f"{len(failed)} episodes failed on our side, the first: {failed[0]}"
+            return warning(f"{told}; {detail}", "mend what it names")
+        return skipped(detail)
     detail = f"expert {_summary(expert)}, random {_summary(random)}"
-    if _mean(random) >= _mean(expert):
-        return failure(f"random play is worth as much as the expert's: {detail}", "mend the reward or its terms")
     findings = []
+    if _mean(random) >= _mean(expert):
+        told = f"random play is worth as much as the expert's: {detail}"
+        if len(_rewards(random.episodes)) >= _LEAST_SCORED:
+            return failure(told, "mend the reward or its terms")
+        findings.append(warning(told, f"look again with more episodes: {_LEAST_SCORED} or more prove it"))
     if _success(expert) < _FULL:
         findings.append(warning(f"the expert is far from full: {detail}", "see which tasks it fails, and why"))
     if _success(random) > _FLOOR:
         findings.append(
             warning(f"random play mostly succeeds: {detail}", "make the tasks harder, or the check stricter")
         )
-    num_failed = sum(episode.failure is not None for played in (expert, random) for episode in played.episodes)
-    if num_failed:
-        why = _first_failure((*expert.episodes, *random.episodes))
-        findings.append(warning(f"{num_failed} episodes failed on our side, the first: {why}", "mend what it names"))
+    if failed := [*_failed(expert.episodes), *failed]:
+        told = f"{len(failed)} episodes failed on our side, the first: {failed[0]}"
+        findings.append(warning(told, "mend what it names"))
     return together(findings, detail)
 
 
@@ -100,13 +112,18 @@ def judge_stay(stay: Stay) -> Finding:
         for field, (what, remedy) in _KINDS.items()
         if field not in _KEPT and (left := getattr(stay.after, field) - getattr(stay.before, field)) > 0
     ]
+    if not findings and len(stay.rounds) < _LEAST_ROUNDS:
+        return skipped(
+            f"nothing was proved: only {len(stay.rounds)} of {_LEAST_ROUNDS} rounds of {stay.episodes_per_round} "
+            "episodes ended in time"
+        )
     if not findings and not stay.num_scored:
         return skipped(f"nothing was proved: none of {num_episodes} episodes was scored, the first: {stay.failure}")
     if (grown_mb := _growth(stay.rounds, "own_mb")) > _MANY_MB:
         detail = f"memory grows by {grown_mb} MB in {stay.episodes_per_round} episodes"
         findings.append(warning(detail, "look for what keeps episodes alive: caches, lists of the class"))
     strays = [len(census.strays) for census in stay.rounds]
-    if (grown := min(later - earlier for earlier, later in pairwise(strays))) >= stay.episodes_per_round / 2:
+    if (grown := _least_growth(strays)) >= stay.episodes_per_round / 2:
         names = ", ".join(sorted(stay.rounds[-1].strays - stay.rounds[0].strays)[:_SHOWN])
         detail = f"{grown} new entries of common folders after {stay.episodes_per_round} episodes, such as {names}"
         findings.append(warning(detail, "see whether they are the environment's, and remove them in end()"))
@@ -119,12 +136,17 @@ def judge_stay(stay: Stay) -> Finding:
 
 def used_mb(stay: Stay) -> int:
     """MiB that the environment takes while it is played."""
-    return max(0, max(census.all_mb for census in stay.rounds) - stay.before.own_mb)
+    return max(0, max((census.all_mb for census in stay.rounds), default=0) - stay.before.own_mb)
 
 
 def _growth(rounds: Sequence[Census], field: str) -> int:
+    return _least_growth([int(getattr(census, field)) for census in rounds])
+
+
+def _least_growth(values: Sequence[int]) -> int:
     """The smallest growth of any round after the first: what grows once (a pool, a cache) is no leak."""
-    values = [int(getattr(census, field)) for census in rounds]
+    if len(values) < _LEAST_ROUNDS:
+        return 0
     return min(later - earlier for earlier, later in pairwise(values))
 
 
@@ -146,9 +168,13 @@ def _summary(played: Played) -> str:
     return f"{_mean(played):.2f} ({_success(played):.0%} solved, {len(played.episodes)} episodes)"
 
 
-def _first_failure(episodes: Sequence[Episode]) -> str:
-    failures = [f"{e.failure.kind}: {e.failure.message}" for e in episodes if e.failure is not None]
-    return failures[0] if failures else f"they ended as {episodes[0].outcome}"
+def _failed(episodes: Sequence[Episode]) -> list[str]:
+    """Why episodes failed on our side."""
+    return [f"{e.failure.kind}: {e.failure.message}" for e in episodes if e.failure is not None]
+
+
+def _why_unscored(episodes: Sequence[Episode]) -> str:
+    return next(iter(_failed(episodes)), f"they ended as {episodes[0].outcome}")
 
 
 def _ms(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """The examination: what depends on what, and in which order.
 
-Environments are probed in a process of their own while engine and learner start; a model that the job makes itself is
-made from the experts' first episodes. Invariants: every check gives one row, in one order, whatever breaks; when
-`examine` returns or raises, no process and no folder of it is left.
+Environments are probed, and groups of the model played, in processes of their own; engine and learner start meanwhile.
+A model that the job makes itself is made from the experts' first episodes. Invariants: every check gives one row, in
+one order, whatever breaks; when `examine` returns or raises, no process and no folder of it is left.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from pathlib import Path
 
 from palaestra.resources import Resources
 from palaestra.trainer.doctor import _environment_checks, _model_checks
-from palaestra.trainer.doctor._check import Check, Finding
+from palaestra.trainer.doctor._check import Check, Finding, warning
 from palaestra.trainer.doctor._environment_checks import EnvironmentChecks, at_once
-from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._guard import Part, Sheet
 from palaestra.trainer.doctor._machine import Machine, look_at_machine
 from palaestra.trainer.doctor._marks import marked
 from palaestra.trainer.doctor._memory_plan import judge_memory, plan
 from palaestra.trainer.doctor._model_checks import ModelChecks
-from palaestra.trainer.doctor._model_size import read_size
+from palaestra.trainer.doctor._model_size import UnknownSizeError, read_size
 from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.trainer.doctor._rules import check_settings
-from palaestra.trainer.doctor._sheet import Sheet
 from palaestra.trainer.doctor._subject import NewModel, Subject
 from palaestra.trainer.progress import Display
 
@@ -48,11 +47,11 @@ def _row_names(subject: Subject) -> list[str]:
 
 
 async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resources) -> None:
-    machine = await asyncio.to_thread(look_at_machine, subject.run)  # before anything of ours takes memory
-    probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed)
-    await resources.get("probe", partial(_given, probe))
+    machine = await asyncio.to_thread(look_at_machine)  # before anything of ours takes memory
+    probe = await _open_probe(subject, folder, "environments", resources)
+    player = await _open_probe(subject, folder, "groups", resources)
     environments = EnvironmentChecks(subject, sheet, probe)
-    model = ModelChecks(subject, sheet, folder, resources, environments.conversations)
+    model = ModelChecks(subject, sheet, folder, resources, environments.conversations, player)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(environments.run())
         tasks.create_task(model.run())
@@ -64,8 +63,13 @@ async def _fill(subject: Subject, sheet: Sheet, folder: Path, resources: Resourc
     await sheet.row("memory", _QUICK_S, measure)
 
 
-async def _given(probe: EnvProbe) -> EnvProbe:
-    return probe
+async def _open_probe(subject: Subject, folder: Path, name: str, resources: Resources) -> EnvProbe:
+    probe = EnvProbe(subject.suite, folder, concurrency=at_once(subject), seed=subject.train.seed, name=name)
+
+    async def given() -> EnvProbe:
+        return probe
+
+    return await resources.get(name, given)
 
 
 async def _check_settings(subject: Subject, machine: Machine) -> Finding:
@@ -73,6 +77,10 @@ async def _check_settings(subject: Subject, machine: Machine) -> Finding:
 
 
 async def _check_memory(subject: Subject, machine: Machine, model: ModelChecks, memory_mb: Part[int]) -> Finding:
+    machine = await asyncio.to_thread(machine.with_disk_of, subject.run)
     path, environments_mb = await model.model.get(), await memory_mb.get_or_none()
-    size = await asyncio.to_thread(read_size, path)  # last of all: a hub model has been fetched by now
+    try:
+        size = await asyncio.to_thread(read_size, path)  # last of all: a hub model has been fetched by now
+    except UnknownSizeError as error:
+        return warning(f"size not known: {error}", "reckon with 16 bytes for each parameter, beside the engine's")
     return judge_memory(plan(size, subject.train, machine, await model.rows(), environments_mb), machine)

@@ -1,4 +1,4 @@
-"""Running one check: by its deadline, and with whatever breaks it as its own row.
+"""Running checks: each by its deadline, with whatever breaks it as its own row; and the rows as they come in.
 
 Invariant: a check always gives a row, and only cancellation leaves it as an exception.
 """
@@ -10,8 +10,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from palaestra.errors import PalaestraError, leaves
+from palaestra.errors import PalaestraError, WorkerError, leaves
 from palaestra.trainer.doctor._check import Check, Finding, failure, skipped
+from palaestra.trainer.progress import Bar
 
 ValueT = TypeVar("ValueT")
 
@@ -80,6 +81,23 @@ async def guarded(name: str, deadline_s: float, measure: Callable[[], Awaitable[
 
 def _broken(error: BaseException) -> Finding:
     told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, WorkerError):
+        return failure(told, "mend what it names; where a process was killed or late, free memory or cores")
     if isinstance(error, PalaestraError):
         return failure(told, "")  # such a message says itself what to do
     return failure(told, f"look for {type(error).__name__} in the code of the environment or module that raised it")
+
+
+class Sheet:
+    """Runs checks, keeps their rows, moves the bar."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.rows: dict[str, Check] = {}
+        self._bar = bar
+
+    async def row(self, name: str, deadline_s: float, measure: Callable[[], Awaitable[Finding]]) -> bool:
+        """Run one check by its deadline; whether it found something, however bad, instead of breaking."""
+        check, is_measured = await guarded(name, deadline_s, measure)
+        self.rows[name] = check
+        self._bar.move_to(len(self.rows), f"{name}: {check.verdict}")
+        return is_measured

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from palaestra.errors import ConfigError
 from palaestra.sandboxes.doctor import free_memory
 from palaestra.trainer.sync import publish_place
 
@@ -42,10 +43,19 @@ class Machine:
         """Whether a part with this `device` setting computes on a GPU here."""
         return device != "cpu" and self.gpu_total_mb > 0
 
+    def with_disk_of(self, run: Path | None) -> Machine:
+        """With the disk of the run's folder, by default of this one; raises `ConfigError` where none can be there."""
+        try:
+            folder = next(path for path in ((run or Path()).absolute() / "_").parents if path.is_dir())
+            free_mb = shutil.disk_usage(folder).free >> 20
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"the run's folder cannot be {str(run)[:80]}: {why}; choose another one") from error
+        return replace(self, disk_place=f"the disk of {folder}", disk_free_mb=free_mb)
 
-def look_at_machine(run: Path | None = None) -> Machine:
-    """What is there now, for a run in this folder; blocks for a moment."""
-    folder = next(path for path in ((run or Path()).absolute() / "_").parents if path.is_dir())
+
+def look_at_machine() -> Machine:
+    """What is there now; blocks for a moment."""
     free_mb, what = free_memory()
     place = publish_place()
     gpu_free_mb, gpu_total_mb = _gpu() if _torch_has_cuda() else (0, 0)
@@ -57,8 +67,6 @@ def look_at_machine(run: Path | None = None) -> Machine:
         gpu_total_mb=gpu_total_mb,
         publish_place=str(place),
         publish_free_mb=shutil.disk_usage(place).free >> 20,
-        disk_place=f"the disk of {folder}",
-        disk_free_mb=shutil.disk_usage(folder).free >> 20,
     )
 
 

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from palaestra.agents import Engine, EnginePolicy, Renderer
+from palaestra.agents import Engine, Renderer
 from palaestra.agents.engines import open_engine
 from palaestra.agents.renderers import open_renderer
 from palaestra.resources import Resources
+from palaestra.trainer.demonstrations import Demonstration, texts_of
 from palaestra.trainer.doctor._agreement import check_agreement, conversations
 from palaestra.trainer.doctor._check import Finding, ok
 from palaestra.trainer.doctor._conversations import Transcript, check_calls, judge_template, transcribe
-from palaestra.trainer.doctor._env_worker import Played
-from palaestra.trainer.doctor._guard import Part
+from palaestra.trainer.doctor._env_worker import FarModel, Played
+from palaestra.trainer.doctor._far_engine import served
+from palaestra.trainer.doctor._guard import MissingError, Part, Sheet
 from palaestra.trainer.doctor._memory_plan import Rows
 from palaestra.trainer.doctor._model_size import find_model
-from palaestra.trainer.doctor._new_model import make_new_model
-from palaestra.trainer.doctor._sheet import Sheet
+from palaestra.trainer.doctor._probe import EnvProbe
 from palaestra.trainer.doctor._subject import NewModel, Subject
-from palaestra.trainer.doctor._variance import SampledGroups, judge_variance, sample_groups
+from palaestra.trainer.doctor._variance import SampledGroups, judge_variance
 from palaestra.trainer.learner import Learner, LocalLearner
+from palaestra.trainer.tiny import make_model, make_tokenizer
 from palaestra.types import Trajectory
 
 ROWS = ("model", "engine", "learner", "template", "tool calls", "variance", "agreement")
 
 _MODEL_S, _JUDGE_S, _SCORE_S, _GROUPS_S = 120.0, 60.0, 60.0, 40.0
-_GRACE_S, _CLOSE_S = 10.0, 30.0
+_GRACE_S, _PLAYER_S = 10.0, 60.0
+"""What engine and learner get beyond their own deadlines, and the process in which groups are played for its start."""
 
 
 class ModelChecks:
     """Engine and learner start at once; what they agree on is checked when both are there."""
 
     def __init__(
-        self, subject: Subject, sheet: Sheet, folder: Path, resources: Resources, talks: Part[dict[str, Played]]
+        self,
+        subject: Subject,
+        sheet: Sheet,
+        folder: Path,
+        resources: Resources,
+        talks: Part[dict[str, Played]],
+        player: EnvProbe,
     ) -> None:
         self.model: Part[str] = Part("the model")
         self._subject = subject
@@ -43,6 +53,7 @@ class ModelChecks:
         self._folder = folder
         self._resources = resources
         self._talks = talks
+        self._player = player
         self._renderer: Part[Renderer] = Part("the model's chat format")
         self._engine: Part[Engine] = Part("the engine")
         self._learner: Part[Learner] = Part("the learner")
@@ -73,16 +84,16 @@ class ModelChecks:
             tasks.create_task(self._sheet.row("learner", learner_s, self._start_learner))
         for part in (self._engine, self._learner):
             part.give_up()
-        await self._sheet.row("variance", _GROUPS_S + _CLOSE_S, self._check_variance)
+        await self._talks.get_or_none()  # not within the row's deadline
+        await self._sheet.row("variance", _GROUPS_S + _PLAYER_S, self._check_variance)
         self._groups.give_up()
-        await self._talks.get_or_none()
         await self._sheet.row("agreement", _SCORE_S, self._check_agreement)
 
     async def _open_model(self) -> Finding:
         given = self._subject.model
         if isinstance(given, NewModel):
             played = await self._talks.get()
-            path = str(await asyncio.to_thread(make_new_model, given, played, self._folder / "model"))
+            path = str(await asyncio.to_thread(_make_new_model, given, played, self._folder / "model"))
             detail = (
                 f"made with random weights, tokenizer from {sum(len(p.episodes) for p in played.values())} episodes"
             )
@@ -118,11 +129,14 @@ class ModelChecks:
         return await asyncio.to_thread(check_calls, played, renderer)
 
     async def _check_variance(self) -> Finding:
-        engine, renderer = await self._engine.get(), await self._renderer.get()
-        policy = EnginePolicy(engine, renderer, self._train.sampling)
-        suite = self._subject.suite.split("train")
-        async with Resources() as shared:
-            groups = await sample_groups(policy, suite, self._train, shared, _GROUPS_S)
+        engine, _ = await self._engine.get(), await self._renderer.get()
+        played = await self._talks.get_or_none() or {}
+        for env_id in self._subject.suite.env_ids:
+            if env_id not in played:
+                raise MissingError(f"needs environment {env_id}, which could not be played")
+        async with served(engine, self._folder) as socket:
+            model = FarModel(await self.model.get(), socket, engine.max_model_len)
+            groups = await self._player.sample_groups(model, self._train, _GROUPS_S)
         self._groups.settle(groups)
         return judge_variance(groups, self._train, is_new=isinstance(self._subject.model, NewModel))
 
@@ -142,3 +156,14 @@ class ModelChecks:
         groups = await self._groups.get_or_none()
         sampled = [episode.trajectory for episode in groups.all()] if groups is not None else []
         return [trajectory for trajectory in sampled if trajectory is not None]
+
+
+def _make_new_model(new: NewModel, played: Mapping[str, Played], folder: Path) -> Path:
+    """A model as the main job would make it, from what experts said; blocks for the seconds in which torch loads."""
+    demonstrations = [
+        Demonstration(task_id=e.task.id, messages=e.messages, tools=each.tools, is_success=e.is_success)
+        for each in played.values()
+        for e in each.episodes
+    ]
+    make_tokenizer(texts_of(demonstrations), folder, vocab_size=new.vocab_size)
+    return make_model(folder, new.size, seed=new.seed)

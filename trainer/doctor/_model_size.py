@@ -14,7 +14,12 @@ from palaestra.errors import ConfigError
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20
+_INDEX = "model.safetensors.index.json"
 _TIED_HEAD = "lm_head.weight"
+
+
+class UnknownSizeError(Exception):
+    """A model may well be whole, and says its size in a way that is not read here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +54,11 @@ def find_model(model: str) -> str:
 
 
 def read_size(model: str) -> ModelSize:
-    """The size of a model folder, or of a hub model that is already here; raises `ConfigError`."""
+    """The size of a model folder, or of a hub model that is already here.
+
+    Raises `UnknownSizeError` where its configuration has other keys or its weights another format, and `ConfigError`
+    where it is damaged.
+    """
     folder = _folder(model)
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,7 +75,9 @@ def read_size(model: str) -> ModelSize:
             head_dim=int(text.get("head_dim") or hidden // num_heads),
             vocab_size=int(text["vocab_size"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise UnknownSizeError(f"the config.json of {folder} has no {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the size of {folder}: {type(error).__name__}: {error}") from error
 
 
@@ -84,7 +95,7 @@ def _folder(model: str) -> Path:
 
 def _count_parameters(folder: Path, *, is_tied: bool) -> int:
     count = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             if length > _MAX_HEADER:
@@ -92,6 +103,14 @@ def _count_parameters(folder: Path, *, is_tied: bool) -> int:
             header = json.loads(file.read(length))
         names = [name for name in header if name != "__metadata__" and not (is_tied and name == _TIED_HEAD)]
         count += sum(math.prod(header[name]["shape"]) for name in names)
-    if not count:
-        raise ValueError("there are no *.safetensors in it")
     return count
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that a model is loaded from: others beside them hold the same weights for other programs."""
+    if (folder / _INDEX).is_file():
+        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    if found := sorted(folder.glob("model*.safetensors")):
+        return found
+    raise UnknownSizeError(f"{folder} has no weights in model*.safetensors")

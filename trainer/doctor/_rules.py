@@ -17,6 +17,8 @@ from palaestra.trainer.losses import LossConfig, find_loss
 from palaestra.trainer.rollouts import most_in_hand
 
 _BFLOAT16_NATS = 0.02
+_WEIGHT = 0.01
+"""Typical size of a weight of a language model."""
 _CLIPS = ("clip_low", "clip_high", "dual_clip")
 _ON_POLICY = ("ppo_clip", "gspo")
 
@@ -194,15 +196,57 @@ def more_episodes_at_once_than_are_in_hand(subject: Subject, machine: Machine) -
 
 
 @rule
+def more_requests_than_episodes(subject: Subject, machine: Machine) -> Hint | None:
+    """An episode asks for one reply at a time."""
+    asked, concurrency = subject.train.engine_config.max_num_seqs, subject.train.concurrency
+    if asked <= concurrency or not subject.chose("engine_config.max_num_seqs"):
+        return None
+    detail = f"engine_config.max_num_seqs {asked} is never reached: {concurrency} episodes ask for a reply each"
+    return Hint(detail, f"set {subject.prefix}engine_config.max_num_seqs to {concurrency}, or raise concurrency")
+
+
+@rule
+def replies_longer_than_the_context(subject: Subject, machine: Machine) -> Hint | None:
+    """The context ends them first."""
+    asked, context = subject.train.sampling.max_tokens, subject.context
+    if asked < context or not subject.chose("sampling.max_tokens"):
+        return None
+    detail = f"sampling.max_tokens {asked} is never reached: a conversation has room for {context} tokens in all"
+    return Hint(detail, f"set {subject.prefix}sampling.max_tokens well below {context}")
+
+
+@rule
+def lag_beyond_training(subject: Subject, machine: Machine) -> Hint | None:
+    """No policy of the run is as old."""
+    train = subject.train
+    if train.max_lag < train.steps or not subject.chose("max_lag"):
+        return None
+    detail = f"max_lag {train.max_lag} bounds nothing: in {train.steps} steps no group is older"
+    return Hint(detail, f"set {subject.prefix}max_lag to 1 or 2, or raise steps")
+
+
+@rule
+def steps_larger_than_weights(subject: Subject, machine: Machine) -> Hint | None:
+    """AdamW moves each weight by about the learning rate in an update."""
+    rate = subject.train.learner.learning_rate
+    if rate < _WEIGHT or not subject.chose("learner.learning_rate"):
+        return None
+    detail = f"learner.learning_rate {rate:g} overwrites the model: an update moves each weight by about as much"
+    return Hint(detail, f"set {subject.prefix}learner.learning_rate to 1e-6, for small models to 1e-3 at most")
+
+
+@rule
 def warmup_longer_than_training(subject: Subject, machine: Machine) -> Hint | None:
     """The learning rate never arrives."""
     updates = subject.train.steps * _updates_per_step(subject)
     warmup = subject.train.learner.warmup_updates
-    if warmup < updates:
+    if warmup <= updates:
         return None
     reached = subject.train.learner.learning_rate * updates / warmup
     detail = f"learner.warmup_updates {warmup} covers all {updates} updates: the learning rate ends at {reached:.2g}"
-    return Hint(detail, f"set {subject.prefix}learner.warmup_updates to at most {updates // 10}")
+    few = updates // 10
+    key = "learner.warmup_updates"
+    return Hint(detail, f"set {subject.prefix}{key} to at most {few}" if few else _drop(subject, key))
 
 
 @rule
@@ -223,7 +267,7 @@ def checkpoints_that_are_never_due(subject: Subject, machine: Machine) -> Hint |
     if train.save_every <= train.steps or not subject.chose("save_every"):
         return None
     detail = f"save_every {train.save_every} exceeds the {train.steps} steps: a run that is killed begins anew"
-    return Hint(detail, f"set {subject.prefix}save_every below {train.steps}")
+    return Hint(detail, f"set {subject.prefix}save_every to at most {train.steps}")
 
 
 @rule
@@ -233,7 +277,7 @@ def canaries_that_are_never_due(subject: Subject, machine: Machine) -> Hint | No
     if train.canary_every <= train.steps or not subject.chose("canary_every"):
         return None
     detail = f"canary_every {train.canary_every} exceeds the {train.steps} steps: only the first weights are compared"
-    return Hint(detail, f"set {subject.prefix}canary_every below {train.steps}")
+    return Hint(detail, f"set {subject.prefix}canary_every to at most {train.steps}")
 
 
 # What takes a guard away, or stops a healthy run.
@@ -278,11 +322,24 @@ def batches_that_end_before_an_episode(subject: Subject, machine: Machine) -> Hi
     """One slow episode would stop the run."""
     if not subject.chose("step_timeout_s"):
         return None
-    longest_s, env_id = max((subject.suite.make(name).limits.episode_s, name) for name in subject.suite.env_ids)
+    longest_s, env_id = _longest_episode(subject)
     if subject.train.step_timeout_s > longest_s:
         return None
     detail = f"step_timeout_s {subject.train.step_timeout_s:g} is below the {longest_s:g} s of an episode of {env_id}"
     return Hint(detail, f"set {subject.prefix}step_timeout_s well above {longest_s:g}, or lower the episode's limit")
+
+
+@rule
+def groups_that_end_before_an_episode(subject: Subject, machine: Machine) -> Hint | None:
+    """Long episodes would be cut, and only short ones trained on."""
+    train = subject.train
+    if not subject.chose("group_timeout_s") and not subject.chose("step_timeout_s"):
+        return None
+    longest_s, env_id = _longest_episode(subject)
+    if train.group_timeout_s >= longest_s or train.step_timeout_s <= longest_s:
+        return None
+    detail = f"group_timeout_s {train.group_timeout_s:g} is below the {longest_s:g} s of an episode of {env_id}"
+    return Hint(detail, f"set {subject.prefix}group_timeout_s above {longest_s:g}, or lower the episode's limit")
 
 
 @rule
@@ -297,6 +354,11 @@ def tolerance_below_rounding(subject: Subject, machine: Machine) -> Hint | None:
     return Hint(
         detail, f"set {subject.prefix}canary_tolerance to {_BFLOAT16_NATS} or more, or use float32 on both sides"
     )
+
+
+def _longest_episode(subject: Subject) -> tuple[float, str]:
+    """The longest time that an episode may take, and in which environment."""
+    return max((subject.suite.make(name).limits.episode_s, name) for name in subject.suite.env_ids)
 
 
 def _updates_per_step(subject: Subject) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palaestra.cli._tables import PlainTable, visible
+from palaestra.cli._tables import PlainTable, ProseTable, visible
 from palaestra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _remedies(diagnosis: Diagnosis, name: str) -> list[tuple[str, str]]:
 def _show(diagnosis: Diagnosis) -> None:
     from palaestra.sandboxes import Capability
 
-    machine = PlainTable("machine", "", "what was seen")
+    machine = ProseTable("machine", "", "what was seen")
     for finding in diagnosis.machine:
         detail = f"{finding.detail}; {finding.remedy}" if finding.remedy else finding.detail
         machine.add_row(finding.part, _mark(finding.is_ok), detail)

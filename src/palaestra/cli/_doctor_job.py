@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from palaestra.cli._options import interruptible, run_to_end, with_flags
-from palaestra.cli._tables import PlainTable, visible
+from palaestra.cli._tables import ProseTable, visible
 from palaestra.config import load_toml, merge
 from palaestra.errors import ConfigError
 
@@ -36,7 +36,7 @@ def examine_job(config: str, assignments: Sequence[str], imports: Sequence[str],
     if as_json:
         typer.echo(json.dumps({"ok": not has_failed, "checks": [check.to_json() for check in checks]}, indent=2))
     else:
-        _show(checks)
+        show_checks(checks)
     if has_failed:
         raise typer.Exit(_FAILED)
 
@@ -91,11 +91,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     return values
 
 
-def _show(checks: Sequence[Check]) -> None:
-    table = PlainTable("check", "", "what was seen", "s")
+def show_checks(checks: Sequence[Check]) -> None:
+    """A line for each check, then what helps, then how many failed."""
+    table = ProseTable("check", "", "s", "what was seen")
     for check in checks:
         mark = check.verdict.value if check.verdict.value != "failure" else "FAILURE"
-        table.add_row(check.name, mark, check.detail, f"{check.seconds:.1f}")
+        table.add_row(check.name, mark, f"{check.seconds:.1f}", check.detail)
     table.show()
     for check in checks:
         if check.remedy:
