@@ -12,6 +12,7 @@ import pytest
 from tests.faults.jobs import Job, Running, check_plays, check_whole, last_step
 
 ENGINE, LEARNER = "_transformers_worker", "_learner_worker"
+_FOR_ROLLOUTS = "the learner waits for rollouts for "
 _BY_NOW = "by now; who is where: "
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -40,8 +41,9 @@ def test_what_thaws_before_the_deadline_goes_on(job: Job) -> None:
         engine.resume()
         running.until_step(last_step(job.run) + 2)
 
+        num_told = len(told(running, _FOR_ROLLOUTS))
         job.paths.hang.touch()
-        report = report_of(running, "the learner waits for rollouts for ")
+        report = report_of(running, _FOR_ROLLOUTS, after=num_told)
         assert "Scene.begin" in report
         assert "episodes are running" in report
         assert report.count("most recent call first") >= 2, "of the learner and of the engine"

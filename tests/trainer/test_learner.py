@@ -340,7 +340,8 @@ async def test_learner_process_steps_as_the_service_does_and_dies_loudly(model_f
         await learner.load(tmp_path / "checkpoint")
         assert learner.version == 1
         async with asyncio.timeout(10):
-            stepping = asyncio.create_task(learner.step(make_rows(2, count=500)))
+            os.kill(learner.pid, signal.SIGSTOP)  # or it might be done before it is killed
+            stepping = asyncio.create_task(learner.step(make_rows(2)))
             await asyncio.sleep(0)
             os.kill(learner.pid, signal.SIGKILL)
             with pytest.raises(WorkerError, match="learner was killed by SIGKILL"):
