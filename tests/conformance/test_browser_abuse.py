@@ -58,7 +58,7 @@ def _chromium() -> None:
 @pytest.fixture
 async def patient_pool() -> AsyncIterator[BrowserPool]:
     """The same with time for payloads that take seconds."""
-    pool = await BrowserPool.start(site_of(policy=NO_POLICY), _LIMITS.model_copy(update={"call_timeout_s": 10.0}))
+    pool = await BrowserPool.start(site_of(policy=NO_POLICY), _LIMITS.model_copy(update={"call_timeout_s": 30.0}))
     yield pool
     await pool.aclose()
 
@@ -99,7 +99,7 @@ async def test_66_memory_beyond_the_limit_is_the_pages_doing(patient_pool: Brows
 
 
 async def test_66_the_same_memory_is_had_below_the_limit() -> None:
-    config = _LIMITS.model_copy(update={"memory_mb": 2 * _HOG_MB, "call_timeout_s": 10.0})
+    config = _LIMITS.model_copy(update={"memory_mb": 2 * _HOG_MB, "call_timeout_s": 30.0})
     pool = await BrowserPool.start(site_of(), config)
     try:
         async with pool.lease() as tab:
