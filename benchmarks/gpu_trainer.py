@@ -32,10 +32,11 @@ from palaestra.trainer.ledger import read_meta, read_step
 from palaestra.trainer.metrics import StepRecord
 from palaestra.trainer.replay import replay
 from palaestra.trainer.resume import make_again
-from palaestra.trainer.tiny import TinyModelConfig
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # last, so that the folders of the repository hide nobody's modules
+
+from benchmarks._gpu_model import size_of  # noqa: E402
 
 from tests.chaos.errand import errands  # noqa: E402
 from tests.chaos.walker import make_walker  # noqa: E402
@@ -56,15 +57,7 @@ def main() -> None:
         live(model, run, options.device)
         return
     with tempfile.TemporaryDirectory() as folder:
-        size = TinyModelConfig(
-            start="random",
-            hidden_size=options.hidden,
-            num_layers=12 if options.hidden > 64 else 2,
-            num_heads=options.hidden // 64,
-            head_dim=64,
-            ffn_size=4 * options.hidden,
-            max_positions=256,
-        )
+        size = size_of(options.hidden)
         model = make_walker(
             Path(folder) / "model", size, device="cuda" if options.device == "gpu" else "cpu", rate=3e-4
         )

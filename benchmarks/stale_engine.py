@@ -33,11 +33,12 @@ from palaestra.trainer.learner import LocalLearner
 from palaestra.trainer.ledger import read_step
 from palaestra.trainer.rows import make_rows
 from palaestra.trainer.sync import WeightSync
-from palaestra.trainer.tiny import TinyModelConfig
 from palaestra.trainer.trainer import BEFORE_FIRST_WEIGHTS
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # last, so that the folders of the repository hide nobody's modules
+
+from benchmarks._gpu_model import size_of  # noqa: E402
 
 from tests.chaos.errand import errands  # noqa: E402
 from tests.chaos.walker import make_walker  # noqa: E402
@@ -81,15 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     is_gpu = options.device == "gpu"
     with tempfile.TemporaryDirectory() as folder:
-        size = TinyModelConfig(
-            start="random",
-            hidden_size=options.hidden,
-            num_layers=12 if options.hidden > 64 else 2,
-            num_heads=options.hidden // 64,
-            head_dim=64,
-            ffn_size=4 * options.hidden,
-            max_positions=256,
-        )
+        size = size_of(options.hidden)
         model = make_walker(Path(folder) / "model", size, device="cuda" if is_gpu else "cpu", rate=3e-4)
         num_parameters = sum(path.stat().st_size for path in model.glob("*.safetensors")) // 4
         settings = config(options.device)

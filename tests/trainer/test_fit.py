@@ -10,10 +10,8 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -34,14 +32,12 @@ from palaestra.trainer.ledger import Ledger
 from palaestra.trainer.metrics import StepRecord
 from palaestra.trainer.resume import resume
 from palaestra.trainer.rollouts import RolloutPlan, RolloutWorkers, most_groups_in_hand
-from palaestra.trainer.rows import is_trainable, make_rows, objection_to
+from palaestra.trainer.rows import is_trainable, objection_to
 from palaestra.trainer.sampler import TaskSampler
 from palaestra.trainer.stalls import ProcessPart, Stalls
 from palaestra.trainer.sync import WeightSync
 from palaestra.trainer.tiny import make_tokenizer
-from palaestra.types import Episode, Group, Outcome
 from tests.toys import WORDS, Chooser, Echo, ToyEngine, ToyLearner, call, pass_time, register_echo
-from tests.trainer.test_ledger import make_group
 
 register_echo()
 
@@ -359,57 +355,6 @@ async def test_a_stop_in_one_step_mode_waits_for_no_rollouts(tmp_path: Path, tok
     assert [record.num_versions for record in second.records] == [2, 1, 1, 1, 1], "the batch under way has both"
 
 
-async def test_stopped_run_goes_on_and_trains_every_group_once(tmp_path: Path, tokenizer: Path) -> None:
-    first = Run(tmp_path, tokenizer, config())
-    first.stop_after = 2
-    num_open = Echo.num_open
-    await first.train()
-    assert Echo.num_open == num_open, "episodes under way are ended"
-    assert [record.step for record in first.records] == [1, 2]
-    before = read_plays(tmp_path)
-    second = Run(tmp_path, tokenizer, config())
-    await second.train()
-    assert second.notes == [], "the checkpoint is of the last step: none is made again"
-    assert [record.step for record in second.records] == [3, 4, 5, 6]
-
-    async with second.open():
-        balance = await second.ledger.balance()
-        steps = [await second.ledger.load_step(step) for step in range(1, 7)]
-        waiting = [number for number, _ in await second.ledger.finished()]
-        waiting += [group.number for group in await second.ledger.open_groups()]
-    trained = [number for step in steps for number, _ in step.groups]
-    assert [len(step.groups) for step in steps] == [2] * 6
-    assert len(set(trained)) == 12
-    assert balance.dropped == {}
-    assert sorted(trained + waiting) == list(range(balance.issued)), "each group is in one place"
-    for step, batch in zip(steps, first.learner.batches + second.learner.batches, strict=True):
-        played = [episode.trajectory for _, group in step.groups for episode in group.episodes]
-        assert [row.trajectory for row in batch] == played, "what was learned is what is on record"
-    after = read_plays(tmp_path)
-    assert {key: after[key] for key in before} == before, "what was played in the first life stands"
-    assert set(after) >= {(number, position) for number in trained for position in range(4)}
-
-
-def read_plays(folder: Path) -> dict[tuple[int, int], tuple[str, bytes]]:
-    """Every episode that ended: its record and tokens."""
-    with closing(sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
-        rows = connection.execute("SELECT number, position, record, trajectory FROM plays").fetchall()
-    return {(number, position): (record, blob) for number, position, record, blob in rows}
-
-
-async def test_the_engines_seconds_are_those_of_all_lives(tmp_path: Path, tokenizer: Path) -> None:
-    first, second = (Run(tmp_path, tokenizer, config(steps=steps)) for steps in (2, 6))
-    first.engine._requests = 5000  # of an owner who used it before
-    await first.train()
-    await second.train()
-    totals = [record.engine_busy_s for record in first.records + second.records]
-    assert totals == sorted(totals)
-    assert 0 < totals[0] <= totals[1] < totals[-1]
-    assert totals[1] <= (await first.engine.stats()).busy_s - 5.0
-    assert totals[-1] - totals[1] <= (await second.engine.stats()).busy_s
-    assert all(record.use_engine >= 0 for record in first.records + second.records)
-
-
 async def test_episodes_hold_exactly_what_the_engine_sampled(tmp_path: Path, tokenizer: Path) -> None:
     run = Run(tmp_path, tokenizer, config(steps=1))
     await run.train()
@@ -421,41 +366,11 @@ async def test_episodes_hold_exactly_what_the_engine_sampled(tmp_path: Path, tok
         assert reply.tolist() == run.renderer.encode_reply(call("stop"), run.suite.make("test/Echo-v0").tools)
 
 
-def sibling(position: int, outcome: Outcome, reward: float | None) -> Episode:
-    episode = make_group(0).episodes[0]
-    return replace(episode, id=f"0.{position}", outcome=outcome, reward=reward)
-
-
-def test_only_valid_siblings_vote() -> None:
-    rewards = (1.0, 0.0, 0.5, None, None)
-    outcomes = (Outcome.SCORED, Outcome.TRUNCATED, Outcome.SCORED, Outcome.INFRA_ERROR, Outcome.TIMEOUT)
-    siblings = tuple(sibling(k, *pair) for k, pair in enumerate(zip(outcomes, rewards, strict=True)))
-    group = Group(id="0", task=make_group(0).task, episodes=siblings)
-    assert [row.advantage for row in make_rows([group], config())] == [0.5, -0.5, 0.0]
-    untruncated = make_rows([group], config(train_on_truncated=False))
-    assert [row.advantage for row in untruncated] == [0.25, -0.25]
-
-
-def test_group_without_a_baseline_is_refused() -> None:
-    lonely = (sibling(0, Outcome.SCORED, 1.0), sibling(1, Outcome.INFRA_ERROR, None))
-    group = Group(id="0", task=make_group(0).task, episodes=lonely)
-    assert objection_to(group, config()) == "invalid"
-    equal = Group(id="0", task=group.task, episodes=tuple(sibling(k, Outcome.SCORED, 1.0) for k in range(3)))
-    assert objection_to(equal, config()) is None
-    assert objection_to(equal, config(drop_zero_variance=True)) == "zero_variance"
-
-
-async def test_a_start_reads_no_step_but_the_last(tmp_path: Path, tokenizer: Path) -> None:
-    await Run(tmp_path, tokenizer, config(steps=2)).train()
-    run = Run(tmp_path, tokenizer, config(steps=3))
-
-    async def read_all() -> NoReturn:
-        raise AssertionError("a long run has many")
-
-    async with run.open() as fit:
-        run.ledger.steps = read_all  # type: ignore[method-assign]
-        await fit.train()
-    assert [record.step for record in run.records] == [3]
+def read_plays(folder: Path) -> dict[tuple[int, int], tuple[str, bytes]]:
+    """Every episode that ended: its record and tokens."""
+    with closing(sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True)) as connection:
+        rows = connection.execute("SELECT number, position, record, trajectory FROM plays").fetchall()
+    return {(number, position): (record, blob) for number, position, record, blob in rows}
 
 
 async def test_the_wall_clock_decides_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,37 +392,3 @@ async def test_the_wall_clock_decides_nothing(tmp_path: Path, tokenizer: Path, m
     seconds = [s for play in plays for s in (play["wall_s"], *(turn["env_s"] for turn in play["turns"]))]
     assert all(0.0 <= each < 60.0 for each in seconds)
     assert set(read_plays(tmp_path / "1")) >= {(number, position) for number in range(12) for position in range(4)}
-
-
-async def test_curves_go_on_where_a_killed_run_left_them(tmp_path: Path, tokenizer: Path) -> None:
-    """Totals count all lives of a run, and what was dropped after the last recorded step is told by the next one."""
-    first = Run(tmp_path, tokenizer, config())
-    async with first.open():
-        await first.ledger.issue(0, make_group(0).task, 1)
-        await first.ledger.end(0, 0, make_group(0).episodes[0])
-        await first.ledger.finish(0)
-        await first.ledger.drop(0, "zero_variance")
-    second = Run(tmp_path, tokenizer, config(steps=2))
-    await second.train()
-    assert [record.dropped for record in second.records] == [{"zero_variance": 1}, {}]
-    third = Run(tmp_path, tokenizer, config(steps=3))
-    await third.train()
-    assert [record.dropped for record in third.records] == [{}]
-    async with third.open():
-        balance = await third.ledger.balance()
-    assert third.records[0].generated > second.records[-1].generated
-    assert third.records[0].generated <= balance.episodes_ended
-    assert third.records[0].verified == third.records[0].generated
-
-
-async def test_spares_that_a_killed_run_left_are_not_played(tmp_path: Path, tokenizer: Path) -> None:
-    first = Run(tmp_path, tokenizer, config())
-    async with first.open():
-        await first.ledger.issue(0, first.suite.draw(0, seed=0), 5)
-        for position in range(4):
-            await first.ledger.end(0, position, replace(make_group(0).episodes[0], id=f"0.{position}"))
-    second = Run(tmp_path, tokenizer, config(steps=1, num_spare=1))
-    await second.train()
-    async with second.open():
-        groups = dict((await second.ledger.load_step(1)).groups) | dict(await second.ledger.finished())
-    assert [episode.outcome for episode in groups[0].episodes] == [Outcome.SCORED] * 4 + [Outcome.CANCELLED]

@@ -21,8 +21,10 @@ from tests.conformance.abuse.amounts import named
 from tests.conformance.abuse.scene import DONE, Scene, attempt
 from tests.sandboxes.hostview import eventually, processes_with
 
-_LATE_S = 8.0
-"""A machine with much else to do is late by less; what is not ended at all takes a minute."""
+_LATE_S = 2.0
+"""A machine with much else to do is late by less; what is not ended at all takes minutes."""
+_ANSWER_S = 8.0
+"""When a box is killed at its deadline, its engine may take so long to say so; its processes must be gone before."""
 
 
 async def _timed(execution: Awaitable[ExecResult]) -> tuple[ExecResult, float]:
@@ -57,7 +59,7 @@ async def _(scene: Scene) -> bool:
         result = await running
     finally:
         running.cancel()
-    assert time.monotonic() - seen_s < 1.0 + _LATE_S
+    assert time.monotonic() - seen_s < 1.0 + _ANSWER_S
     assert (result.stdout, result.ended) == (b"ready\n", Ended.WALL_TIMEOUT)
     return result.wall_s >= 1.0
 
